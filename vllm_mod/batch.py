@@ -1,0 +1,170 @@
+"""One forward's requests and rows, and the attention metadata of any subset of them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.forward_context import ForwardContext
+from vllm.v1.attention.backend import CommonAttentionMetadata, subclass_attention_backend
+
+
+@dataclass
+class Subset:
+    """Rows that keep a sublayer, and what their attention needs (None where no attention is involved)."""
+
+    tokens: Tensor  #: int64 `[n]`, row numbers in the batch, ascending
+    metadata: Any = None
+    slots: Tensor | None = None
+
+
+class Batch:
+    """Read once per forward from vLLM's `CommonAttentionMetadata`; padded requests and rows are left out.
+
+    `R` requests with `N` query tokens in all. Tensors named `*_host` are on the CPU, the others on the device.
+    """
+
+    def __init__(self, cm: CommonAttentionMetadata, build: Callable[[CommonAttentionMetadata], Any]) -> None:
+        self._cm, self._build = cm, build
+        lengths = cm.query_start_loc_cpu.diff()
+        # Padded requests follow the real ones and have no query tokens.
+        self.num_requests = R = int((lengths > 0).sum())
+        self.num_tokens = int(cm.query_start_loc_cpu[R])
+        self.device = cm.seq_lens.device
+        self.lengths_host = lengths[:R].long()
+        self.starts_host = cm.query_start_loc_cpu[:R].long()
+        ends = cm.seq_lens_cpu_upper_bound if cm.seq_lens_cpu_upper_bound is not None else cm.seq_lens.cpu()
+        #: tokens of each request that earlier steps computed; 0 in a (re-)prefill's first step
+        self.computed_host = ends[:R].long() - self.lengths_host
+        self.block_table = cm.block_table_tensor[:R]
+        #: first block of each request: names it for as long as it runs (prefix caching is off)
+        self.anchors = self.block_table[:, 0].long()
+        self._by_requests: dict[bytes, Subset] = {}
+
+    @functools.cached_property
+    def anchors_host(self) -> Tensor:
+        return self.anchors.cpu()
+
+    @functools.cached_property
+    def lengths(self) -> Tensor:
+        return self.lengths_host.to(self.device)
+
+    @functools.cached_property
+    def request_of_token(self) -> Tensor:
+        """int64 `[N]`."""
+        return torch.repeat_interleave(torch.arange(self.num_requests, device=self.device), self.lengths)
+
+    def whole_requests(self, keep: Tensor) -> Subset:
+        """All rows of the requests that `keep` (host, bool `[R]`, neither all nor none) selects."""
+        key = keep.numpy().tobytes()
+        if key not in self._by_requests:
+            index_host = keep.nonzero().flatten()
+            index = index_host.to(self.device)
+            tokens = keep.to(self.device)[self.request_of_token].nonzero().flatten()
+            cm = self._reduced(
+                requests=index,
+                lengths_host=self.lengths_host[index_host],
+                seq_lens=self._cm.seq_lens[index],
+                seq_lens_host=(self.computed_host + self.lengths_host)[index_host],
+                slots=self._cm.slot_mapping[tokens],
+                tokens=tokens,
+            )
+            self._by_requests[key] = Subset(tokens, self._build(cm), cm.slot_mapping)
+        return self._by_requests[key]
+
+    def packed_tokens(self, keep: Tensor, stored: Tensor) -> Subset:
+        """The kept tokens, their KV packed behind the `stored` entries (int64 `[R]`) that a request already has.
+
+        keep: bool `[N]`. A request without a kept token takes no part. Kept queries are a suffix of the kept keys,
+        so causal attention that aligns the last query with the last key is exact.
+        """
+        tokens = keep.nonzero().flatten()
+        request = self.request_of_token[tokens]
+        counts = torch.bincount(request, minlength=self.num_requests)
+        rank = torch.arange(tokens.numel(), device=self.device) - (counts.cumsum(0) - counts)[request]
+        place = stored[request] + rank
+        block_size = self._block_size
+        slots = self.block_table[request, place // block_size].long() * block_size + place % block_size
+        active = counts.nonzero().flatten()
+        seq_lens = (stored + counts)[active]
+        cm = self._reduced(
+            requests=active,
+            lengths_host=counts[active].cpu(),
+            seq_lens=seq_lens.to(self._cm.seq_lens.dtype),
+            seq_lens_host=seq_lens.cpu(),
+            slots=slots.to(self._cm.slot_mapping.dtype),
+            tokens=tokens,
+        )
+        return Subset(tokens, self._build(cm), cm.slot_mapping)
+
+    def tokens_per_request(self, keep: Tensor) -> Tensor:
+        """int64 `[R]`: kept tokens of each request."""
+        return torch.bincount(self.request_of_token[keep], minlength=self.num_requests)
+
+    @functools.cached_property
+    def _block_size(self) -> int:
+        return self._build.keywords["builder"].kv_cache_spec.block_size  # type: ignore[attr-defined]
+
+    def _reduced(
+        self, *, requests: Tensor, lengths_host: Tensor, seq_lens: Tensor, seq_lens_host: Tensor, slots: Tensor,
+        tokens: Tensor,
+    ) -> CommonAttentionMetadata:  # fmt: skip
+        starts = torch.zeros(len(lengths_host) + 1, dtype=torch.int32)
+        starts[1:] = lengths_host.cumsum(0)
+        cm = self._cm
+        return cm.replace(
+            query_start_loc=starts.to(self.device),
+            query_start_loc_cpu=starts,
+            seq_lens=seq_lens,
+            seq_lens_cpu_upper_bound=seq_lens_host.to(torch.int32),
+            num_reqs=len(lengths_host),
+            num_actual_tokens=tokens.numel(),
+            max_query_len=int(lengths_host.max()),
+            max_seq_len=int(seq_lens_host.max()),
+            block_table_tensor=self.block_table[requests],
+            slot_mapping=slots,
+            positions=None if cm.positions is None else cm.positions[tokens],
+            is_prefilling=None if cm.is_prefilling is None else cm.is_prefilling[requests.cpu()],
+            req_idx=None,
+            # Caches of the whole batch; dataclasses.replace() would copy them.
+            _num_computed_tokens_cache=None,
+            _token_to_req_indices_cache=None,
+        )
+
+
+@contextmanager
+def attending(context: ForwardContext, layer_name: str, subset: Subset) -> Iterator[None]:
+    """Let the attention layer `layer_name` see the rows of `subset` only."""
+    metadata, slots = context.attn_metadata, context.slot_mapping
+    assert isinstance(metadata, dict) and isinstance(slots, dict) and subset.slots is not None
+    before = metadata[layer_name], slots[layer_name]
+    metadata[layer_name], slots[layer_name] = subset.metadata, subset.slots
+    try:
+        yield
+    finally:
+        metadata[layer_name], slots[layer_name] = before
+
+
+@functools.cache
+def batch_backend(backend: type) -> type:
+    """`backend`, its metadata carrying the `Batch` it was built from as attribute `mod_batch`."""
+    stock = backend.get_builder_cls()  # type: ignore[attr-defined]
+
+    class BatchBuilder(stock):  # type: ignore[misc, valid-type]
+        def build(
+            self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+        ) -> Any:
+            metadata = copy.copy(super().build(common_prefix_len, common_attn_metadata, fast_build))
+            metadata.mod_batch = Batch(common_attn_metadata, functools.partial(_build_subset, builder=self))
+            return metadata
+
+    def _build_subset(cm: CommonAttentionMetadata, *, builder: Any) -> Any:
+        return stock.build(builder, 0, cm)
+
+    return subclass_attention_backend("MoD", backend, BatchBuilder)

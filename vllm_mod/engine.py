@@ -1,0 +1,186 @@
+"""What the engine must be set to for a routed checkpoint, and what is refused (design section 2)."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packaging.version import Version
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from .checkpoint import BaseShape, read_routers
+from .config import ConfigError, EngineKnobs, ModConfig
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger("vllm." + __name__)  # only loggers below "vllm" are shown
+
+#: Releases the tests run with: private interfaces are relied on (see README, "Versions").
+TESTED_VLLM = "0.32"
+ALLOW_UNTESTED = "VLLM_MOD_ALLOW_UNTESTED"
+CONNECTOR = "MoDConnector"
+#: Attention metadata that can be rebuilt for a subset of the rows; FlashInfer plans its kernels on the host.
+CUDA_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
+
+
+def mod_config(vllm_config: VllmConfig) -> ModConfig:
+    """The checkpoint's `mod_config` with this engine's knobs applied; raises ConfigError."""
+    hf_config = vllm_config.model_config.hf_text_config
+    where = f"{vllm_config.model_config.model}/config.json: mod_config"
+    data = getattr(hf_config, "mod_config", None)
+    if data is None:
+        raise ConfigError(f"{where} is missing; architecture {hf_config.architectures} needs it")
+    config = ModConfig.parse(data, where)
+    config.check_fits(hf_config.num_hidden_layers, getattr(hf_config, "num_experts", None))
+    return EngineKnobs.from_additional_config(vllm_config.additional_config).apply(config)
+
+
+class MoDEngineConfig(VerifyAndUpdateConfig):
+    """Runs early in `VllmConfig.__post_init__`, before anything is derived from the settings made here."""
+
+    base: type[VerifyAndUpdateConfig] = VerifyAndUpdateConfig
+
+    @classmethod
+    @functools.cache
+    def for_base(cls, base: type[VerifyAndUpdateConfig] | None) -> type[MoDEngineConfig]:
+        """The hook for an architecture whose stock counterpart has the hook `base`."""
+        return type("MoDEngineConfig", (cls,), {"base": base or VerifyAndUpdateConfig})
+
+    @classmethod
+    def verify_and_update_model_config(cls, model_config: Any) -> None:
+        cls.base.verify_and_update_model_config(model_config)
+
+    @classmethod
+    def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        cls.base.verify_and_update_config(vllm_config)
+        check_version()
+        config = mod_config(vllm_config)
+        check_routers(vllm_config, config)
+        if not config.is_static:
+            refuse_what_cannot_work(vllm_config, config)
+            make_settings(vllm_config, config)
+        log_routing(vllm_config, config)
+
+
+def check_version() -> None:
+    import vllm
+
+    installed = Version(vllm.__version__)
+    if f"{installed.major}.{installed.minor}" != TESTED_VLLM and not os.environ.get(ALLOW_UNTESTED):
+        raise ConfigError(
+            f"vllm-mod is tested with vLLM {TESTED_VLLM}.*, and {vllm.__version__} is installed; "
+            f"install `vllm=={TESTED_VLLM}.*`, or set {ALLOW_UNTESTED}=1 to try"
+        )
+
+
+def check_routers(vllm_config: VllmConfig, config: ModConfig) -> None:
+    """Fail before any process is started if the router tensors are not what `mod_config` says."""
+    directory = Path(vllm_config.model_config.model)
+    if vllm_config.load_config.load_format == "dummy" or not directory.is_dir():
+        return  # a hub checkpoint is checked while it is loaded
+    hf = vllm_config.model_config.hf_text_config
+    read_routers(directory, config, BaseShape.of(hf.to_dict(), str(directory / "config.json")))
+
+
+def refuse_what_cannot_work(vllm_config: VllmConfig, config: ModConfig) -> None:
+    granularity = config.granularity
+    keeps_state = config.level == "sequence" or config.target in ("attn", "block")
+    parallel = vllm_config.parallel_config
+    if keeps_state and vllm_config.speculative_config is not None:
+        raise ConfigError(
+            f"{granularity} routing cannot be served with speculative decoding: rejected draft tokens would have to "
+            "be taken back from the routing state; drop --speculative-config"
+        )
+    if keeps_state and vllm_config.kv_transfer_config is not None and not _is_channel(vllm_config):
+        raise ConfigError(
+            f"{granularity} routing cannot be served with a KV connector or KV offloading: "
+            "its KV cache has no entry for what was skipped; drop --kv-transfer-config / --kv-offloading-size"
+        )
+    if keeps_state and parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size > 1:
+        raise ConfigError(f"{granularity} routing cannot be served with context parallelism; drop the -dcp/-pcp flags")
+    if parallel.enable_dbo:
+        raise ConfigError("routed models cannot be served with dual batch overlap; drop --enable-dbo")
+    if vllm_config.lora_config is not None:
+        raise ConfigError(
+            "routed models cannot be served with LoRA adapters yet: vLLM's LoRA kernels index the whole batch, "
+            "and rows that skip are removed from it; drop --enable-lora or merge the adapter"
+        )
+    backend = vllm_config.attention_config.backend
+    if backend is not None and backend.name == "FLASHINFER":
+        raise ConfigError(
+            f"routed models need an attention backend out of {', '.join(CUDA_BACKENDS)}; drop --attention-backend"
+        )
+
+
+def make_settings(vllm_config: VllmConfig, config: ModConfig) -> None:
+    """Set what the granularity needs, one log line for each change."""
+    cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
+    max_len = vllm_config.model_config.max_model_len
+    packs_kv = config.level == "token" and config.target in ("attn", "block")
+    if (config.level == "sequence" or packs_kv) and cache.enable_prefix_caching:
+        why = "a decision needs its whole prompt" if config.level == "sequence" else "packed KV cannot be shared"
+        logger.info("%s: prefix caching off (%s)", config.granularity, why)
+        cache.enable_prefix_caching = False
+    if config.level == "sequence":
+        if scheduler.enable_chunked_prefill:
+            logger.info("%s: chunked prefill off (a decision needs its whole prompt)", config.granularity)
+        scheduler.enable_chunked_prefill = False
+        scheduler.long_prefill_token_threshold = 0
+        if scheduler.max_num_batched_tokens < max_len:
+            logger.info("%s: max_num_batched_tokens %d (a prompt is prefilled in one step)", config.granularity, max_len)
+            scheduler.max_num_batched_tokens = max_len
+    if config.level == "sequence" or packs_kv:
+        # One KV-cache group, so that the first block of a row names its request for as long as it runs.
+        scheduler.disable_hybrid_kv_cache_manager = True
+    if vllm_config.kv_transfer_config is None:
+        vllm_config.kv_transfer_config = _channel()
+    _set_compilation(vllm_config)
+
+
+def _set_compilation(vllm_config: VllmConfig) -> None:
+    """Routed sublayers run eagerly between compiled pieces, never inside a CUDA graph: their row count varies."""
+    from vllm.config.compilation import CUDAGraphMode
+    from vllm.platforms import current_platform
+
+    compilation = vllm_config.compilation_config
+    if compilation.splitting_ops is None and not current_platform.is_cpu():
+        from .sublayers import OPS
+
+        compilation.splitting_ops = [
+            *compilation._attention_ops,
+            "vllm::unified_kv_cache_update",
+            "vllm::unified_mla_kv_cache_update",
+            *(f"vllm_mod::{op}" for op in OPS),
+        ]
+    if compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE):
+        logger.info("routed models: CUDA graphs PIECEWISE (%s asked for)", compilation.cudagraph_mode.name)
+    if compilation.cudagraph_mode is not CUDAGraphMode.NONE:
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
+
+
+def _channel() -> Any:
+    """The connector that carries decisions between worker and scheduler; it moves no KV."""
+    from vllm.config import KVTransferConfig
+
+    return KVTransferConfig(
+        kv_connector=CONNECTOR, kv_connector_module_path="vllm_mod.kv.connector", kv_role="kv_producer"
+    )
+
+
+def _is_channel(vllm_config: VllmConfig) -> bool:
+    transfer = vllm_config.kv_transfer_config
+    return transfer is not None and transfer.kv_connector == CONNECTOR
+
+
+def log_routing(vllm_config: VllmConfig, config: ModConfig) -> None:
+    total = vllm_config.model_config.hf_text_config.num_hidden_layers
+    layers = ", ".join(map(str, config.layers))
+    logger.info("%s: %d of %d layers routed: %s", config.granularity, len(config.layers), total, layers)
+    if not config.is_static:
+        thresholds = sorted(set(config.thresholds))
+        text = str(thresholds[0]) if len(thresholds) == 1 else ", ".join(f"{t:g}" for t in config.thresholds)
+        logger.info("%s: kept where sigmoid(w . x) >= %s", config.granularity, text)

@@ -1,0 +1,1 @@
+"""KV pages of routed models, and the channel between scheduler and workers."""

@@ -1,0 +1,109 @@
+"""The architectures: a stock vLLM model whose routed layers are made skippable after it was built."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.utils import PPMissingLayer
+
+from .batch import batch_backend
+from .checkpoint import BaseShape, check_routers, router_name
+from .config import ConfigError, ModConfig
+from .engine import mod_config
+from .routing import Route, Router, Routing
+from .sublayers import Skipped, route_attention, route_mlp
+
+_SUBLAYERS = {"attn": ("self_attn",), "mlp": ("mlp",), "block": ("self_attn", "mlp")}
+
+
+class MoDModel(nn.Module):
+    """Mixin before a stock `…ForCausalLM` whose `model.layers` have `self_attn` and `mlp` sub-modules."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.mod_config = mod_config(vllm_config)
+        forward_context = vllm_config.compilation_config.static_forward_context
+        layers = self._layers_to_change()
+        if self.mod_config.is_static:
+            for layer in layers.values():
+                _drop(layer, self.mod_config, forward_context)
+            return
+        self.routing = Routing(self.mod_config)
+        _install(layers, self.mod_config, self.routing, self.config.hidden_size, forward_context)  # type: ignore[arg-type]
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.attn_backend = batch_backend(module.attn_backend)
+
+    def _layers_to_change(self) -> dict[int, nn.Module]:
+        """Routed layers that live on this pipeline rank; ConfigError if the architecture is of another kind."""
+        layers: Any = self.model.layers  # type: ignore[union-attr]
+        mine = {i: layers[i] for i in self.mod_config.layers if not isinstance(layers[i], PPMissingLayer)}
+        for layer in mine.values():
+            for name in ("self_attn", "mlp"):
+                if not isinstance(getattr(layer, name, None), nn.Module):
+                    raise ConfigError(
+                        f"{type(self).__name__}: decoder layer {type(layer).__name__} has no sub-module '{name}'"
+                    )
+        return mine
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.mod_config.is_static:
+            return super().forward(*args, **kwargs)
+        with self.routing.forward():
+            return super().forward(*args, **kwargs)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        config, routers = self.mod_config, {}
+
+        def selected() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in weights:
+                if ".router.weight" in name:
+                    routers[name] = tensor
+                elif not (config.is_static and _is_dropped(name, config)):
+                    yield name, tensor
+
+        loaded = super().load_weights(selected())  # type: ignore[misc]
+        shape = BaseShape.of(self.config.to_dict(), "config.json")  # type: ignore[union-attr, operator]
+        for layer, weight in check_routers(routers, config, shape, "checkpoint").items():
+            module = self.model.layers[layer]  # type: ignore[union-attr, index]
+            if not isinstance(module, PPMissingLayer):
+                module.router.weight.data.copy_(weight)
+                loaded.add(router_name(layer))
+        return loaded
+
+
+def _install(
+    layers: dict[int, nn.Module], config: ModConfig, routing: Routing, hidden: int, forward_context: dict[str, Any]
+) -> None:
+    for column, (index, cutoff) in enumerate(zip(config.layers, config.cutoffs, strict=True)):
+        if index not in layers:
+            continue
+        layer = layers[index]
+        layer.router = Router(hidden)
+        route = Route(index, column, layer.router, cutoff, routing)
+        for name in _SUBLAYERS[config.target]:
+            turn = route_attention if name == "self_attn" else route_mlp
+            turn(getattr(layer, name), f"model.layers.{index}.{name}", route, forward_context)
+
+
+def _drop(layer: nn.Module, config: ModConfig, forward_context: dict[str, Any]) -> None:
+    for name in _SUBLAYERS[config.target]:
+        for module in getattr(layer, name).modules():
+            if isinstance(module, Attention):
+                del forward_context[module.layer_name]  # so that no KV cache is made for it
+        setattr(layer, name, Skipped())
+
+
+def _is_dropped(weight: str, config: ModConfig) -> bool:
+    match = re.match(r"model\.layers\.(\d+)\.(\w+)\.", weight)
+    return bool(match) and int(match[1]) in config.layers and match[2] in _SUBLAYERS[config.target]
+
+
+class LlamaMoDForCausalLM(MoDModel, LlamaForCausalLM):
+    pass

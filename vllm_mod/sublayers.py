@@ -1,0 +1,147 @@
+"""Turn a stock `self_attn` or `mlp` into one that runs on the rows that keep it.
+
+The sub-module's `__class__` becomes a generated subclass (as PyTorch's `fully_shard` does), so parameter names,
+quantisation and tensor parallelism stay as they are. Its body is one opaque op: torch.compile sees a static shape,
+and the row count may change inside.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.library import Library
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.utils.torch_utils import (
+    LayerNameType,
+    _encode_layer_name,
+    _resolve_layer_name,
+    direct_register_custom_op,
+)
+
+from .batch import attending
+from .config import ConfigError
+from .routing import ALL, NONE, Route
+
+_library = Library("vllm_mod", "FRAGMENT")
+OPS = ("routed_attention", "routed_mlp")
+
+
+def routed_attention(positions: Tensor, hidden_states: Tensor, output: Tensor, layer_name: LayerNameType) -> None:
+    module = get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)]
+    module.run(output, positions, hidden_states)
+
+
+def routed_mlp(hidden_states: Tensor, output: Tensor, layer_name: LayerNameType) -> None:
+    module = get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)]
+    module.run(output, hidden_states)
+
+
+def _fake(*args: Any) -> None:
+    return None
+
+
+for _op in (routed_attention, routed_mlp):
+    direct_register_custom_op(_op.__name__, _op, mutates_args=["output"], fake_impl=_fake, target_lib=_library)
+
+
+class _Routed:
+    """Shared by both kinds; `Stock` is the class the sub-module was built as."""
+
+    Stock: type[nn.Module]
+    route: Route
+    name: str
+    reduce_after: bool  #: the stock all-reduce was taken out, `run` does it on the full batch
+
+    def run(self, output: Tensor, *inputs: Tensor) -> None:
+        """Fill `output` `[tokens, hidden]`: the sublayer's on kept rows, zero elsewhere."""
+        batch = self.route.routing.batch
+        kept = ALL if batch is None else self.route.kept(inputs[-1], self.with_attention)  # type: ignore[attr-defined]
+        if kept == ALL:
+            output.copy_(self.stock_forward(*inputs))
+        else:
+            output.zero_()
+            if not isinstance(kept, str):
+                rows = [i[kept.tokens] for i in inputs]
+                output[kept.tokens] = self.subset_forward(kept, *rows)  # type: ignore[attr-defined]
+        if self.reduce_after:
+            # Only now, on all rows: ranks can never wait for each other, whatever each of them kept.
+            output.copy_(tensor_model_parallel_all_reduce(output))
+
+
+class _RoutedAttention(_Routed):
+    with_attention = True
+
+    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+        output = torch.empty_like(hidden_states)
+        torch.ops.vllm_mod.routed_attention(positions, hidden_states, output, _encode_layer_name(self.name))
+        return output
+
+    def stock_forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+        return self.Stock.forward(self, positions=positions, hidden_states=hidden_states)  # type: ignore[arg-type]
+
+    def subset_forward(self, kept: Any, positions: Tensor, hidden_states: Tensor) -> Tensor:
+        with attending(get_forward_context(), self.kv_layer, kept):  # type: ignore[attr-defined]
+            return self.stock_forward(positions, hidden_states)
+
+
+class _RoutedMLP(_Routed):
+    with_attention = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = torch.empty_like(x)
+        torch.ops.vllm_mod.routed_mlp(x, output, _encode_layer_name(self.name))
+        return output
+
+    def stock_forward(self, x: Tensor) -> Tensor:
+        return self.Stock.forward(self, x)  # type: ignore[arg-type]
+
+    def subset_forward(self, kept: Any, x: Tensor) -> Tensor:
+        return self.stock_forward(x)
+
+
+@functools.cache
+def _routed_class(kind: type, stock: type) -> type:
+    return type(f"Routed{stock.__name__}", (kind, stock), {"Stock": stock})
+
+
+def route_attention(module: nn.Module, name: str, route: Route, forward_context: dict[str, Any]) -> None:
+    """Route a decoder layer's attention; raises ConfigError if it is not one plain attention."""
+    kv_layers = [m for m in module.modules() if isinstance(m, Attention)]
+    if len(kv_layers) != 1:
+        raise ConfigError(f"{name}: {type(module).__name__} has {len(kv_layers)} attention layers, one is needed")
+    _route(module, _RoutedAttention, name, route, forward_context)
+    module.kv_layer = kv_layers[0].layer_name  # type: ignore[assignment]
+
+
+def route_mlp(module: nn.Module, name: str, route: Route, forward_context: dict[str, Any]) -> None:
+    _route(module, _RoutedMLP, name, route, forward_context)
+
+
+def _route(module: nn.Module, kind: type, name: str, route: Route, forward_context: dict[str, Any]) -> None:
+    module.__class__ = _routed_class(kind, type(module))
+    module.name, module.route = name, route  # type: ignore[assignment]
+    module.reduce_after = _take_out_all_reduce(module)  # type: ignore[assignment]
+    forward_context[name] = module
+
+
+def _take_out_all_reduce(module: nn.Module) -> bool:
+    if get_tensor_model_parallel_world_size() == 1:
+        return False
+    reducing = [m for m in module.modules() if isinstance(m, RowParallelLinear) and m.reduce_results]
+    for linear in reducing:
+        linear.reduce_results = False
+    return bool(reducing)
+
+
+class Skipped(nn.Module):
+    """A sublayer that a static checkpoint drops: no weights, no KV cache, adds nothing to the residual stream."""
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        hidden_states = kwargs.get("hidden_states", args[-1] if args else None)
+        return torch.zeros_like(hidden_states)  # type: ignore[arg-type]
