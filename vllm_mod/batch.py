@@ -15,6 +15,15 @@ from vllm.forward_context import ForwardContext
 from vllm.v1.attention.backend import CommonAttentionMetadata, subclass_attention_backend
 
 
+@dataclass(frozen=True)
+class Pages:
+    """The interleaved table of `kv.pages`, taken apart. `L` layers, `B` token blocks."""
+
+    names: list[str]  #: attention layers in table order
+    tables: Tensor  #: `[L, R, B]`: pages of each request
+    slots: Tensor  #: `[L, N]`: where each token's K/V goes
+
+
 @dataclass
 class Subset:
     """Rows that keep a sublayer, and what their attention needs (None where no attention is involved)."""
@@ -45,7 +54,8 @@ class Batch:
         self.block_table = cm.block_table_tensor[:R]
         #: first block of each request: names it for as long as it runs (prefix caching is off)
         self.anchors = self.block_table[:, 0].long()
-        self._by_requests: dict[bytes, Subset] = {}
+        self._by_requests: dict[bytes, tuple[Subset, Tensor]] = {}
+        self.pages: Pages | None = None
 
     @functools.cached_property
     def anchors_host(self) -> Tensor:
@@ -60,8 +70,25 @@ class Batch:
         """int64 `[N]`."""
         return torch.repeat_interleave(torch.arange(self.num_requests, device=self.device), self.lengths)
 
-    def whole_requests(self, keep: Tensor) -> Subset:
-        """All rows of the requests that `keep` (host, bool `[R]`, neither all nor none) selects."""
+    def split_pages(self, names: list[str]) -> Pages:
+        """Read the block table as pages per layer; `names` are the layers in table order."""
+        size, layers, longest = self._block_size, len(names), self._cm.max_seq_len
+        blocks = -(-longest // size)
+        # The runner pads rows to its own alignment.
+        table = self.block_table[:, : blocks * layers].view(self.num_requests, blocks, layers)
+        tables = table.permute(2, 0, 1).contiguous()
+        request = self.request_of_token
+        first = (self.computed_host - self.starts_host).to(self.device)
+        position = torch.arange(self.num_tokens, device=self.device) + first[request]
+        slots = tables[:, request, position // size].long() * size + position % size
+        self.pages = Pages(names, tables, slots.to(self._cm.slot_mapping.dtype))
+        return self.pages
+
+    def whole_requests(self, keep: Tensor, layer_name: str | None) -> Subset:
+        """All rows of the requests that `keep` (host, bool `[R]`, neither all nor none) selects.
+
+        Built once per distinct `keep`, however many layers share it.
+        """
         key = keep.numpy().tobytes()
         if key not in self._by_requests:
             index_host = keep.nonzero().flatten()
@@ -75,8 +102,13 @@ class Batch:
                 slots=self._cm.slot_mapping[tokens],
                 tokens=tokens,
             )
-            self._by_requests[key] = Subset(tokens, self._build(cm), cm.slot_mapping)
-        return self._by_requests[key]
+            self._by_requests[key] = Subset(tokens, self._build(cm), cm.slot_mapping), index
+        subset, index = self._by_requests[key]
+        if self.pages is None or layer_name is None:
+            return subset
+        column = self.pages.names.index(layer_name)
+        table = self.pages.tables[column][index]
+        return Subset(subset.tokens, with_table(subset.metadata, table), self.pages.slots[column][subset.tokens])
 
     def packed_tokens(self, keep: Tensor, stored: Tensor) -> Subset:
         """The kept tokens, their KV packed behind the `stored` entries (int64 `[R]`) that a request already has.
@@ -136,6 +168,13 @@ class Batch:
             _num_computed_tokens_cache=None,
             _token_to_req_indices_cache=None,
         )
+
+
+def with_table(metadata: Any, table: Tensor) -> Any:
+    """A copy of `metadata`, which the layers of a step share, that reads other pages."""
+    metadata = copy.copy(metadata)
+    metadata.block_table = table
+    return metadata
 
 
 @contextmanager

@@ -143,11 +143,18 @@ def write_routers(output: str | Path, config: ModConfig, routers: Mapping[int, T
     return Path(output)
 
 
-def write_checkpoint(base: str | Path, output: str | Path, config: ModConfig, routers: Mapping[int, Tensor]) -> Path:
+def write_checkpoint(
+    base: str | Path,
+    output: str | Path,
+    config: ModConfig,
+    routers: Mapping[int, Tensor],
+    records: Mapping[str, str] | None = None,
+) -> Path:
     """Write base model + routers as a full checkpoint; it appears whole or not at all.
 
-    Weight files are hard-linked where the file system can, copied elsewhere. Raises ConfigError on a base model
-    that is not supported or does not fit, or when the disk is full.
+    Weight files are hard-linked where the file system can, copied elsewhere. `records` (file name -> text) are
+    written beside them. Raises ConfigError on a base model that is not supported or does not fit, or when the
+    disk is full.
     """
     base, output = Path(base), Path(output)
     base_config = read_json(base / "config.json")
@@ -169,6 +176,9 @@ def write_checkpoint(base: str | Path, output: str | Path, config: ModConfig, ro
         total = sum((directory / name).stat().st_size for name in set(weight_map.values()))
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(directory / INDEX_FILE, index)
+        for name, text in (records or {}).items():
+            (directory / name).unlink(missing_ok=True)  # it may be a hard link to the base's
+            (directory / name).write_text(text, encoding="utf-8")
     return output
 
 

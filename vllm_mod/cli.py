@@ -36,7 +36,10 @@ def inspect(args: argparse.Namespace) -> None:
 
 def describe(directory: Path) -> dict[str, Any]:
     """What a full checkpoint or a router-only directory routes, as one JSON object; its routers are checked."""
-    from . import checkpoint  # imports torch: --help need not wait for it
+    try:
+        from . import checkpoint  # imports torch: --help need not wait for it
+    except ModuleNotFoundError as error:  # it comes with vLLM, or with the `train` extra
+        raise ConfigError(f"{error.name} is not installed; install vLLM, or vllm-mod[train]") from None
 
     if not directory.is_dir():
         raise ConfigError(f"{directory}: no such directory")

@@ -39,6 +39,10 @@ def mod_config(vllm_config: VllmConfig) -> ModConfig:
     return EngineKnobs.from_additional_config(vllm_config.additional_config).apply(config)
 
 
+def reclaims_kv(vllm_config: VllmConfig) -> bool:
+    return EngineKnobs.from_additional_config(vllm_config.additional_config).kv_reclaim
+
+
 class MoDEngineConfig(VerifyAndUpdateConfig):
     """Runs early in `VllmConfig.__post_init__`, before anything is derived from the settings made here."""
 
@@ -95,7 +99,9 @@ def refuse_what_cannot_work(vllm_config: VllmConfig, config: ModConfig) -> None:
             f"{granularity} routing cannot be served with speculative decoding: rejected draft tokens would have to "
             "be taken back from the routing state; drop --speculative-config"
         )
-    if keeps_state and vllm_config.kv_transfer_config is not None and not _is_channel(vllm_config):
+    offloads = vllm_config.cache_config.kv_offloading_size is not None
+    others = vllm_config.kv_transfer_config is not None and not _is_channel(vllm_config)
+    if keeps_state and (others or offloads):
         raise ConfigError(
             f"{granularity} routing cannot be served with a KV connector or KV offloading: "
             "its KV cache has no entry for what was skipped; drop --kv-transfer-config / --kv-offloading-size"

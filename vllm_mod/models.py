@@ -15,7 +15,8 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from .batch import batch_backend
 from .checkpoint import BaseShape, check_routers, router_name
 from .config import ConfigError, ModConfig
-from .engine import mod_config
+from .engine import mod_config, reclaims_kv
+from .kv.attention import share_pages
 from .routing import Route, Router, Routing
 from .sublayers import Skipped, route_attention, route_mlp
 
@@ -36,6 +37,8 @@ class MoDModel(nn.Module):
             return
         self.routing = Routing(self.mod_config)
         _install(layers, self.mod_config, self.routing, self.config.hidden_size, forward_context)  # type: ignore[arg-type]
+        if self.mod_config.level == "sequence" and self.mod_config.target != "mlp" and reclaims_kv(vllm_config):
+            self.routing.paged_layers = share_pages(self, vllm_config)
         for module in self.modules():
             if isinstance(module, Attention):
                 module.attn_backend = batch_backend(module.attn_backend)

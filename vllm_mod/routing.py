@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.forward_context import get_forward_context
 
-from .batch import Batch, Subset
+from .batch import Batch, Subset, with_table
 from .config import ModConfig
 from .gate import keeps, token_scores
 from .requests import PackedCounts, SequenceDecisions
@@ -36,6 +37,8 @@ class Routing:
     def __init__(self, config: ModConfig) -> None:
         self.config = config
         self.batch: Batch | None = None
+        #: attention layers that share pages, in table order; None with vLLM's own allocation
+        self.paged_layers: list[str] | None = None
         self.counts = RoutingCounts(config.layers)
         self.state: SequenceDecisions | PackedCounts | None = None
         if config.level == "sequence":
@@ -46,8 +49,9 @@ class Routing:
     @contextmanager
     def forward(self) -> Iterator[None]:
         """Around the model's forward. Without attention metadata (profiling, warm-up) nothing is routed."""
-        metadata = get_forward_context().attn_metadata
-        batch = next(iter(metadata.values())).mod_batch if metadata else None  # type: ignore[union-attr]
+        context = get_forward_context()
+        metadata: Any = context.attn_metadata
+        batch = next(iter(metadata.values())).mod_batch if metadata else None
         if batch is None:
             yield
             return
@@ -55,6 +59,12 @@ class Routing:
         if channel is not None:
             channel.attach(self)
         self.batch = batch
+        if self.paged_layers is not None:
+            pages = batch.split_pages(self.paged_layers)
+            shared = metadata[self.paged_layers[0]]
+            tables = zip(pages.names, pages.tables, strict=True)
+            context.attn_metadata = {name: with_table(shared, table) for name, table in tables}
+            context.slot_mapping = dict(zip(pages.names, pages.slots, strict=True))
         if self.state is not None:
             self.state.open(batch, channel)
         try:
@@ -66,6 +76,8 @@ class Routing:
         if isinstance(self.state, SequenceDecisions):
             decided = self.state.keep[self.state.undecided]
             self.counts.add_all(decided.sum(0).tolist(), len(decided))
+            if channel is not None:
+                channel.publish(self.state.new_requests, decided)
 
 
 def _channel():  # type: ignore[no-untyped-def]
@@ -86,6 +98,8 @@ class Route:
     router: Router
     cutoff: float
     routing: Routing
+    #: its attention layer, None where only the MLP is routed
+    kv_layer: str | None = None
     #: `block` only: the decision its attention took, for its MLP
     _decided: tuple[Batch, Kept] | None = field(default=None, repr=False)
 
@@ -107,7 +121,7 @@ class Route:
         number = int(keep.sum())
         if number == len(keep):
             return ALL
-        return batch.whole_requests(keep) if number else NONE
+        return batch.whole_requests(keep, self.kv_layer) if number else NONE
 
     def _by_token(self, batch: Batch, x: Tensor, with_attention: bool) -> Kept:
         total, state = batch.num_tokens, self.routing.state

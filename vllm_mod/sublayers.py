@@ -29,7 +29,8 @@ from .config import ConfigError
 from .routing import ALL, NONE, Route
 
 _library = Library("vllm_mod", "FRAGMENT")
-OPS = ("routed_attention", "routed_mlp")
+#: Ops that run eagerly between compiled pieces (`kv.attention` has the last one).
+OPS = ("routed_attention", "routed_mlp", "paged_attention")
 
 
 def routed_attention(positions: Tensor, hidden_states: Tensor, output: Tensor, layer_name: LayerNameType) -> None:
@@ -86,7 +87,8 @@ class _RoutedAttention(_Routed):
         return self.Stock.forward(self, positions=positions, hidden_states=hidden_states)  # type: ignore[arg-type]
 
     def subset_forward(self, kept: Any, positions: Tensor, hidden_states: Tensor) -> Tensor:
-        with attending(get_forward_context(), self.kv_layer, kept):  # type: ignore[attr-defined]
+        assert self.route.kv_layer is not None
+        with attending(get_forward_context(), self.route.kv_layer, kept):
             return self.stock_forward(positions, hidden_states)
 
 
@@ -116,7 +118,7 @@ def route_attention(module: nn.Module, name: str, route: Route, forward_context:
     if len(kv_layers) != 1:
         raise ConfigError(f"{name}: {type(module).__name__} has {len(kv_layers)} attention layers, one is needed")
     _route(module, _RoutedAttention, name, route, forward_context)
-    module.kv_layer = kv_layers[0].layer_name  # type: ignore[assignment]
+    route.kv_layer = kv_layers[0].layer_name
 
 
 def route_mlp(module: nn.Module, name: str, route: Route, forward_context: dict[str, Any]) -> None:

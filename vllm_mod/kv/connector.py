@@ -4,7 +4,10 @@ It is vLLM's one official path that carries data both ways, for every tensor- an
 statistics reach the log line and `/metrics`. Messages are keyed by request id.
 
     scheduler -> worker   for each (re-)prefill of this step: anchor block -> (request id, prompt length)
-    worker -> scheduler   statistics
+    worker -> scheduler   decisions newly taken: request id -> routed layers it skips; statistics
+
+A worker remembers the decisions of its live requests itself, so that one which is preempted keeps them without asking.
+The scheduler needs them to give pages back.
 """
 
 from __future__ import annotations
@@ -16,13 +19,19 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorWorkerMetadata,
     SupportsHMA,
 )
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from ..stats import MoDPromMetrics, MoDStats
+from .pages import PageManager
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
     from ..routing import Routing
 
 
@@ -31,11 +40,25 @@ class StepPrefills(KVConnectorMetadata):
     by_anchor: dict[int, tuple[str, int]]
 
 
+@dataclass
+class NewDecisions(KVConnectorWorkerMetadata):
+    skipped: dict[str, tuple[int, ...]]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        """Tensor-parallel ranks must agree; raises RuntimeError rather than let pages be corrupted."""
+        assert isinstance(other, NewDecisions)
+        if self.skipped != other.skipped:
+            raise RuntimeError(f"ranks disagree on routing decisions: {self.skipped} and {other.skipped}")
+        return self
+
+
 class MoDConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._prompt_lengths: dict[str, int] = {}  # scheduler: live requests
+        self.messages_ignored = 0  # scheduler: about requests that have ended since
         self._routing: Routing | None = None  # worker: the model's
+        self._outbox: dict[str, tuple[int, ...]] = {}  # worker
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -58,8 +81,18 @@ class MoDConnector(KVConnectorBase_V1, SupportsHMA):
         blocks = self._manager.req_to_blocks
         return StepPrefills({blocks[i][0].block_id: (i, self._prompt_lengths[i]) for i in ids if blocks.get(i)})
 
+    def update_connector_output(self, connector_output: Any) -> None:
+        message = connector_output.kv_connector_worker_meta
+        for request_id, layers in message.skipped.items() if message else ():
+            if request_id not in self._prompt_lengths:
+                self.messages_ignored += 1
+            elif isinstance(self._manager, PageManager):
+                self._manager.skip_layers(request_id, layers)
+
     def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, None]:
         self._prompt_lengths.pop(request.request_id, None)
+        if isinstance(self._manager, PageManager):
+            self._manager.forget(request.request_id)
         return False, None
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
@@ -79,6 +112,18 @@ class MoDConnector(KVConnectorBase_V1, SupportsHMA):
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, StepPrefills)
         return metadata.by_anchor.get(anchor)
+
+    def publish(self, requests: Sequence[str | None], keep: Tensor) -> None:
+        """Decisions just taken; keep: host, bool `[requests, routed]`."""
+        assert self._routing is not None
+        layers = self._routing.config.layers
+        for request, row in zip(requests, keep.tolist(), strict=True):
+            if request is not None:
+                self._outbox[request] = tuple(i for i, kept in zip(layers, row, strict=True) if not kept)
+
+    def build_connector_worker_meta(self) -> NewDecisions | None:
+        skipped, self._outbox = self._outbox, {}
+        return NewDecisions(skipped) if skipped else None
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[None, None]:
         if self._routing is not None and self._routing.state is not None:

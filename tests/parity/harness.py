@@ -1,0 +1,112 @@
+"""Run a checkpoint in vLLM and compare it, token by token, with the float32 reference."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_mod.config import ModConfig
+
+LOGPROB_TOLERANCE = 1e-3
+
+
+@dataclass
+class Answer:
+    tokens: list[int]
+    logprobs: list[float]
+
+
+def random_prompts(lengths: Sequence[int], seed: int = 0, vocabulary: tuple[int, int] = (6, 260)) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(*vocabulary) for _ in range(n)] for n in lengths]
+
+
+@contextlib.contextmanager
+def engine(checkpoint: Path, mod: dict[str, Any] | None = None, **options: Any) -> Iterator[Any]:
+    """vLLM's `LLM` in this process; `mod` is `--additional-config`'s."""
+    from vllm import LLM
+
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 256,
+        "block_size": 32,
+        "kv_cache_memory_bytes": 64 << 20,
+        "max_num_seqs": 16,
+        "disable_log_stats": False,
+    }
+    if mod is not None:
+        settings["additional_config"] = {"mod": mod}
+    llm = LLM(str(checkpoint), **(settings | options))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def generate(llm: Any, prompts: Sequence[list[int]], max_tokens: int | Sequence[int] = 24) -> list[Answer]:
+    from vllm import SamplingParams
+
+    lengths = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
+    params = [SamplingParams(temperature=0, max_tokens=n, logprobs=0, ignore_eos=True) for n in lengths]
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    answers = []
+    for output in outputs:
+        tokens = list(output.outputs[0].token_ids)
+        logprobs = [step[t].logprob for step, t in zip(output.outputs[0].logprobs, tokens, strict=True)]
+        answers.append(Answer(tokens, logprobs))
+    return answers
+
+
+def counter(llm: Any, name: str) -> float:
+    """Sum of a Prometheus counter of the engine over all labels."""
+    return sum(m.value for m in llm.get_metrics() if m.name == name)
+
+
+def runner_model(llm: Any) -> Any:
+    """The model as the (in-process) worker holds it."""
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+
+
+def scheduler(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def free_pages(llm: Any) -> int:
+    return scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks()
+
+
+def assert_equals_reference(
+    checkpoint: Path, prompts: Sequence[list[int]], answers: Sequence[Answer], config: ModConfig | None = None
+) -> list[dict[int, Any]]:
+    """Greedy tokens equal and log-probabilities within 1e-3; returns the reference's decisions per prompt.
+
+    Teacher-forced: the reference runs once over prompt + answer, and every answered token must be its argmax.
+    """
+    from training.model import load_reference, reference_decisions, reference_logits
+
+    model, decisions = load_reference(checkpoint, config=config), []
+    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        logits = reference_logits(model, prompt + answer.tokens, len(prompt))[len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1)
+        for step, (token, logprob) in enumerate(zip(answer.tokens, answer.logprobs, strict=True)):
+            where = f"request {number} ({len(prompt)} prompt tokens), token {step}"
+            difference = abs(float(expected[step, token]) - logprob)
+            assert difference < LOGPROB_TOLERANCE, f"{where}: log-probability off by {difference}"
+            assert token == int(expected[step].argmax()), f"{where}: {token} is not the reference's choice"
+        decisions.append(reference_decisions(model))
+    return decisions
+
+
+def assert_same(left: Sequence[Answer], right: Sequence[Answer]) -> None:
+    for number, (a, b) in enumerate(zip(left, right, strict=True)):
+        assert a.tokens == b.tokens, f"request {number}"
+        worst = max(abs(x - y) for x, y in zip(a.logprobs, b.logprobs, strict=True))
+        assert worst < LOGPROB_TOLERANCE, f"request {number}: log-probability off by {worst}"
