@@ -1,0 +1,146 @@
+"""Every architecture in training: routers learn, the base stays, and single experts can be gated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.support.models import routed_checkpoint, tiny_model
+from training.model import (
+    attach_routers,
+    freeze_base,
+    load_base,
+    load_reference,
+    reference_decisions,
+    reference_logits,
+    router_weights,
+    routing,
+)
+from vllm_mod.config import ConfigError, ModConfig
+
+ROUTED = (1, 2)
+DYNAMIC = [f"{target}_{level}" for target in ("attn", "mlp", "block") for level in ("token", "sequence")]
+EXPERTS = {"hidden_size": 32, "num_attention_heads": 4, "head_dim": None, "num_experts_per_tok": 2}
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen2": {"num_key_value_heads": 1, "head_dim": None, "tie_word_embeddings": True},
+    "qwen3": {"num_key_value_heads": 4, "head_dim": 24, "tie_word_embeddings": True},
+    "mistral": {"sliding_window": 5},
+    "olmoe": EXPERTS | {"num_experts": 8, "intermediate_size": 24},
+    "deepseek": EXPERTS
+    | {"n_routed_experts": 6, "n_shared_experts": 2, "first_k_dense_replace": 1, "moe_intermediate_size": 24},
+}
+WITH_EXPERTS = ["olmoe", "deepseek"]
+CASES = [(m, g) for m in MODELS for g in [*DYNAMIC, "expert_token"] if g in DYNAMIC or m in WITH_EXPERTS]
+IDS = torch.randint(6, 260, (1, 23), generator=torch.Generator().manual_seed(5))
+PROMPT = 9
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("bases")
+    return {name: tiny_model(directory / name, name, num_hidden_layers=4, **fields) for name, fields in MODELS.items()}
+
+
+def config(granularity: str, layers: tuple[int, ...] = ROUTED, **more: Any) -> ModConfig:
+    return ModConfig.parse({"version": 1, "granularity": granularity, "layers": list(layers), **more}, "test")
+
+
+def stock(base: Path) -> Any:
+    return load_base(base, torch.float32).eval()
+
+
+@pytest.mark.parametrize(("name", "granularity"), CASES)
+def test_zero_routers_equal_the_base_model(bases: dict[str, Path], name: str, granularity: str) -> None:
+    model = stock(bases[name])
+    with torch.no_grad():
+        base = model(IDS, use_cache=False).logits[0]
+    attach_routers(model, config(granularity))
+    torch.testing.assert_close(reference_logits(model, IDS[0].tolist(), PROMPT), base, atol=1e-5, rtol=1e-5)
+    assert all(keep.all() for keep in reference_decisions(model).values())
+
+
+@pytest.mark.parametrize(("name", "granularity"), CASES)
+def test_only_routers_learn(bases: dict[str, Path], tmp_path: Path, name: str, granularity: str) -> None:
+    model = load_reference(routed_checkpoint(bases[name], tmp_path / "c", granularity, ROUTED)).train()
+    weights = freeze_base(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with routing(model, torch.ones(1, PROMPT, dtype=torch.bool)) as state:
+        loss = model(IDS, labels=IDS, use_cache=False).loss + sum(state.kept().values())
+        loss.backward()
+    assert all(0 <= float(kept) <= 1 for kept in state.kept().values())
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {n for n, p in model.named_parameters() if p.grad is not None}
+    assert trained == {f"model.layers.{i}.router.weight" for i in ROUTED}
+    for weight in weights:
+        assert weight.grad is not None and weight.grad.isfinite().all() and weight.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_gated_experts_agree_with_a_loop_over_pairs(bases: dict[str, Path], name: str) -> None:
+    """A skipped pair adds 0, the others keep their weights, shared experts run: one pair at a time."""
+    model, seen = stock(bases[name]), {}
+    block = model.model.layers[1].mlp
+    experts = block.experts
+
+    def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen["x"], seen["index"], seen["weights"] = args
+
+    hook = experts.register_forward_pre_hook(note)
+    x = torch.randn(1, 11, 32, generator=torch.Generator().manual_seed(1))
+    without_gates = block(x)
+    hook.remove()
+    router = torch.randn(8 if name == "olmoe" else 6, 32, generator=torch.Generator().manual_seed(2))
+    expected, skipped = without_gates[0].clone(), 0
+    for t in range(11):
+        for k in range(2):
+            pair = seen["index"][t : t + 1, k : k + 1]
+            if float(router[int(pair)].double() @ x[0, t].double()) < 0:
+                skipped += 1
+                expected[t] -= experts(x[0, t : t + 1], pair, seen["weights"][t : t + 1, k : k + 1])[0]
+    assert 0 < skipped < 22
+    attach_routers(model, config("expert_token", (1,)), {1: router})
+    torch.testing.assert_close(block(x)[0], expected, atol=1e-5, rtol=1e-4)
+    keep = reference_decisions(model)[1]
+    assert keep.shape == (1, 11, 2) and int((~keep).sum()) == skipped
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_padding_is_neither_counted_nor_seen(bases: dict[str, Path], tmp_path: Path, name: str) -> None:
+    model = load_reference(routed_checkpoint(bases[name], tmp_path / "c", "expert_token", ROUTED))
+    alone = reference_logits(model, IDS[0, :14].tolist(), PROMPT)
+    ids, mask = IDS.repeat(2, 1), torch.ones(2, 23, dtype=torch.long)
+    mask[1, 14:] = 0
+    with routing(model) as state:
+        logits = model(ids, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(logits[1, :14], alone, atol=1e-4, rtol=1e-4)
+    assert state.counts()[1][1] == (23 + 14) * 2
+
+
+def test_router_shapes(bases: dict[str, Path]) -> None:
+    for name, experts in (("olmoe", 8), ("deepseek", 6)):
+        model = stock(bases[name])
+        attach_routers(model, config("expert_token"))
+        assert {tuple(w.shape) for w in router_weights(model).values()} == {(experts, 32)}
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "rows", "message"),
+    [
+        ("qwen3", ROUTED, 1, "needs experts, and this model is dense"),
+        ("deepseek", (0, 1), 6, r"layers \[0\] of this model have one dense MLP \(6 experts in the others\)"),
+        ("deepseek", ROUTED, 8, r"\[8, 32\], this model needs \[6, 32\], a gate for each of its 6 experts"),
+        ("olmoe", ROUTED, 1, r"\[1, 32\], this model needs \[8, 32\], a gate for each of its 8 experts"),
+    ],
+)
+def test_refusals_say_what_the_model_has(
+    bases: dict[str, Path], name: str, layers: tuple[int, ...], rows: int, message: str
+) -> None:
+    routers = {i: torch.zeros(rows, 32) for i in layers}
+    with pytest.raises(ConfigError, match=message):
+        attach_routers(stock(bases[name]), config("expert_token", layers), routers)

@@ -1,0 +1,77 @@
+"""`router-tuning train | export`: the only place that touches argv, and where errors become one line."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+
+from vllm_mod.config import ConfigError
+
+USAGE = """usage: router-tuning COMMAND [flags]
+
+commands:
+  train     tune routers on instruction data, write a full checkpoint
+  export    base model + routers (or a static granularity) -> full checkpoint
+
+`router-tuning COMMAND --help` lists the flags."""
+
+
+def train(argv: Sequence[str]) -> int:
+    from .arguments import RouterArguments, RouterTrainingArguments, parse
+    from .run import run_training
+
+    args, training_args = parse([RouterArguments, RouterTrainingArguments], "router-tuning train", argv)
+    return run_training(args, training_args, run_record(["train", *argv]))
+
+
+def export(argv: Sequence[str]) -> int:
+    from .arguments import ExportArguments, parse
+    from .export import export as run_export
+
+    (args,) = parse([ExportArguments], "router-tuning export", argv)
+    print(f"written: {run_export(args, run_record(['export', *argv]))}")
+    return 0
+
+
+def run_record(argv: Sequence[str]) -> dict[str, str]:
+    """File name -> text: how a checkpoint came to be. Nothing about the machine."""
+    names = ("vllm-mod", "torch", "transformers", "datasets", "accelerate")
+    lines = [shlex.join(["router-tuning", *argv]), *(f"# {name} {_version(name)}" for name in names)]
+    return {"train_command.txt": "\n".join(lines) + "\n"}
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "export": export}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else 2
+    if argv[0] not in COMMANDS:
+        print(f"router-tuning: error: no command {argv[0]!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("training").setLevel(logging.INFO)
+    try:
+        return COMMANDS[argv[0]](argv[1:])
+    except ConfigError as error:
+        print(f"router-tuning: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("router-tuning: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

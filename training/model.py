@@ -1,0 +1,218 @@
+"""A Hugging Face causal LM with routers: what is trained, and the reference for the semantics of the checkpoint.
+
+For decoder layer l with router w and sublayer F (arXiv 2410.13184, eq. 2-4):
+
+    keep = w . x >= logit(threshold)        x: F's input after its own norm
+    output = residual + F(x) if keep else residual
+
+Slow and certain: no KV cache; a token that skips attention is masked as a key in that layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vllm_mod.checkpoint import BaseShape, check_routers, read_json, read_mod_config, read_routers, router_name
+from vllm_mod.config import ConfigError, ModConfig
+
+from .experts import gate_experts
+from .routing import Router, Routing, routing_of
+from .sublayers import MIXINS, make_skippable
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """`model.model.layers`; raises ConfigError, naming what is missing, unless every layer can be routed."""
+    name = type(model).__name__
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ConfigError(f"{name} is not supported: it has no decoder layers at model.layers")
+    for i, layer in enumerate(layers):
+        for part in ("self_attn", "mlp"):
+            if not isinstance(getattr(layer, part, None), nn.Module):
+                raise ConfigError(f"{name} is not supported: model.layers.{i} ({type(layer).__name__}) has no {part}")
+    return layers
+
+
+def attach_routers(model: nn.Module, config: ModConfig, routers: Mapping[int, Tensor] | None = None) -> None:
+    """Give `model` the routers of `config`, in place; `routers` (layer -> `[1, hidden]`, for experts
+    `[num_experts, hidden]`) or all zero.
+
+    Registers `model.layers.{i}.router.weight` (float32) and makes the routed sublayers skippable. Static
+    granularities get no router: their sublayers are always skipped.
+    """
+    layers = decoder_layers(model)
+    hf_config: Any = model.config
+    shape = BaseShape.of(hf_config.to_dict(), type(model).__name__)
+    config.check_fits(shape.num_layers, shape.num_experts, shape.dense_layers)
+    if hasattr(model, "_mod_routing"):
+        raise ConfigError("this model has routers already")
+    implementation = getattr(hf_config, "_attn_implementation", "eager")
+    if config.level == "token" and "self_attn" in MIXINS[config.target] and implementation not in ("sdpa", "eager"):
+        raise ConfigError(
+            f"{config.granularity} masks single keys, which attn_implementation={implementation!r} cannot; "
+            "use 'sdpa' or 'eager'"
+        )
+    if routers is not None:
+        check_routers({router_name(i): w for i, w in routers.items()}, config, shape, "routers")
+
+    routing = Routing(config)
+    for i in config.layers:
+        if not config.is_static:
+            device = next(layers[i].parameters()).device
+            rows = shape.num_experts or 1 if config.target == "expert" else 1
+            routing.routers[i] = layers[i].router = Router(shape.hidden_size, device, rows)
+            if routers is not None:
+                routing.routers[i].weight.data.copy_(routers[i])
+        for part, mixin in MIXINS[config.target].items():
+            make_skippable(getattr(layers[i], part), mixin, i, routing)
+        if config.target == "expert":
+            gate_experts(layers[i].mlp, i, routing)
+    model._mod_routing = routing  # type: ignore[assignment]
+    model.register_forward_pre_hook(_note_padding, with_kwargs=True)
+    hf_config.use_cache = False
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.use_cache = False  # type: ignore[union-attr]
+
+
+def _note_padding(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Remember which tokens are padding. Routed layers see no more than a 4D mask, or none."""
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    routing = routing_of(model)
+    routing.valid = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    routing.decisions = {}
+
+
+@contextlib.contextmanager
+def routing(model: nn.Module, prompt_mask: Tensor | None = None) -> Iterator[Routing]:
+    """While it lasts, sequence-level decisions are means over `prompt_mask` (bool `[B, <=T]`; None: all tokens).
+
+    Padding is taken from the `attention_mask` of the forward itself. Yields the state to read `decisions` and
+    `kept()` from. Keep it open during `backward` too: gradient checkpointing decides again there.
+    """
+    state = routing_of(model)
+    before, state.prompt_mask = state.prompt_mask, prompt_mask
+    try:
+        yield state
+    finally:
+        state.prompt_mask = before
+
+
+def freeze_base(model: nn.Module) -> list[nn.Parameter]:
+    """Leave only routers trainable; returns them.
+
+    With nothing trainable below it, the first routed layer is where autograd starts to record. The hook keeps it so
+    even if something (`enable_input_require_grads`) asks for the gradient of the embeddings.
+    """
+    model.requires_grad_(False)
+    trained = [router.weight for router in routing_of(model).routers.values()]
+    for weight in trained:
+        weight.requires_grad_(True)
+
+    def detach(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def cut(value: Any) -> Any:
+            return value.detach() if isinstance(value, Tensor) else value
+
+        return tuple(map(cut, args)), {key: cut(value) for key, value in kwargs.items()}
+
+    decoder_layers(model)[0].register_forward_pre_hook(detach, with_kwargs=True)
+    return trained
+
+
+def router_weights(model: nn.Module) -> dict[int, Tensor]:
+    """Layer -> router `[1 or num_experts, hidden]`, float32, detached copies on the CPU."""
+    return {i: r.weight.detach().float().cpu().clone() for i, r in routing_of(model).routers.items()}
+
+
+# ---------------------------------------------------------------- the reference
+
+
+def load_reference(
+    checkpoint_dir: str | Path,
+    dtype: torch.dtype = torch.float32,
+    config: ModConfig | None = None,
+    attn_implementation: str | None = None,
+) -> Any:
+    """A full checkpoint as its stock HF class with routers, in eval mode. `config` overrides the thresholds."""
+    directory = Path(checkpoint_dir)
+    stored = read_mod_config(directory)
+    shape = BaseShape.of(read_json(directory / "config.json"), str(directory / "config.json"))
+    routers = read_routers(directory, stored, shape)
+    model = load_base(directory, dtype, attn_implementation)
+    config = config or stored
+    attach_routers(model, config, None if config.is_static else routers)
+    return model.eval()
+
+
+def load_base(directory: str | Path, dtype: torch.dtype, attn_implementation: str | None = None) -> Any:
+    """The stock HF model; router tensors in the index are left for `attach_routers`."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from .deepseek import register
+
+    register()
+    try:
+        hf_config = AutoConfig.from_pretrained(directory)
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
+    except (KeyError, ValueError, OSError) as error:
+        raise ConfigError(f"{directory}: not a causal language model that transformers knows: {error}") from None
+    with _ignoring_routers(model_class):
+        kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        return model_class.from_pretrained(directory, config=hf_config, dtype=dtype, **kwargs)
+
+
+@contextlib.contextmanager
+def _ignoring_routers(model_class: Any) -> Iterator[None]:
+    """transformers warns about tensors it has no place for; routers get theirs a moment later."""
+    name = "_keys_to_ignore_on_load_unexpected"
+    before = model_class.__dict__.get(name)
+    setattr(model_class, name, [*(getattr(model_class, name) or []), r"layers\.\d+\.router\.weight"])
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(model_class, name)
+        else:
+            setattr(model_class, name, before)
+
+
+@torch.no_grad()
+def reference_logits(model: Any, token_ids: list[int], prompt_len: int) -> Tensor:
+    """Logits `[T, vocab]`, float32, of one sequence whose first `prompt_len` tokens are the prompt."""
+    ids = torch.tensor([token_ids], device=model.device)
+    prompt_mask = torch.arange(len(token_ids), device=model.device)[None] < prompt_len
+    with routing(model, prompt_mask):
+        return model(input_ids=ids, use_cache=False).logits[0].float()
+
+
+def reference_decisions(model: nn.Module) -> dict[int, Tensor]:
+    """Keep decision per routed layer of the last forward: bool `[B, T]` (token level), `[B]` (sequence level) or
+    `[B, T, K]` (of the K experts that each token selected)."""
+    return {layer: decision.keep for layer, decision in routing_of(model).decisions.items()}
+
+
+def reference_scores(model: nn.Module) -> dict[int, Tensor]:
+    """`w . x` per routed layer of the last forward: `[B, T]`, or its mean over the prompt `[B]`."""
+    return {layer: decision.score.detach() for layer, decision in routing_of(model).decisions.items()}
+
+
+def greedy(
+    model: Any, prompt_ids: list[int], max_new_tokens: int, eos: int | Iterable[int] | None = None
+) -> tuple[list[int], list[float]]:
+    """Greedy tokens (the end token included) and their log-probabilities, one whole forward per token."""
+    stop = {eos} if isinstance(eos, int) else set(eos or ())
+    tokens: list[int] = []
+    logprobs: list[float] = []
+    for _ in range(max_new_tokens):
+        logits = reference_logits(model, prompt_ids + tokens, len(prompt_ids))[-1]
+        tokens.append(int(logits.argmax()))
+        logprobs.append(float(logits.log_softmax(-1)[tokens[-1]]))
+        if tokens[-1] in stop:
+            break
+    return tokens, logprobs

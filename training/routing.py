@@ -1,0 +1,124 @@
+"""What routed layers decide and what they report: the state that a model's routed sublayers share.
+
+Kept apart from the modules themselves, so that nothing but `layer.router` shows up in parameters or state dicts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from vllm_mod.config import ModConfig
+from vllm_mod.gate import keeps, segment_means, token_scores
+
+
+class Router(nn.Module):
+    """`w` of the paper's eq. 2, no bias, float32. Zero at the start: the model begins dense."""
+
+    def __init__(self, hidden_size: int, device: torch.device | None = None, rows: int = 1) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(rows, hidden_size, dtype=torch.float32, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: `[B, T, hidden]` -> scores `w . x`, float32 `[B, T]`."""
+        return token_scores(x, self.weight)
+
+
+@dataclass
+class Decision:
+    """One routed layer's answer in one forward.
+
+    Shapes: `[B, T]` at token level, `[B]` at sequence level, `[B, T, K]` for the experts that a token selected.
+    """
+
+    #: `w . x` (float32), or its mean over the prompt (float64).
+    score: Tensor
+    #: bool: does the sublayer count?
+    keep: Tensor
+    #: float32, forward value exactly 0 or 1, gradient that of `sigmoid(score)` (straight-through estimator).
+    gate: Tensor
+    #: The same, as the sublayer's output is multiplied by it: the task's gradient is seen here, apart from the price.
+    applied: Tensor
+
+
+@dataclass
+class Routing:
+    """Everything the routed sublayers of one model share. One per model, see `routing_of`."""
+
+    config: ModConfig
+    routers: dict[int, Router] = field(default_factory=dict)
+    #: bool `[B, T]`: which tokens are the prompt; None means all of them.
+    prompt_mask: Tensor | None = None
+    #: bool `[B, T]`: False at padding; noted from the forward's own `attention_mask`.
+    valid: Tensor | None = None
+    #: Per routed layer, of the last forward.
+    decisions: dict[int, Decision] = field(default_factory=dict)
+    #: Per routed layer, of the last backward: root mean square of what the loss gains (nats) by keeping one more
+    #: sample or token, times their number; the scale on which a price per kept ratio matters.
+    effects: dict[int, Tensor] = field(default_factory=dict)
+
+    def cutoff(self, layer: int) -> float:
+        return self.config.cutoffs[self.config.layers.index(layer)]
+
+    def decide(self, layer: int, x: Tensor) -> Decision:
+        """x: `[B, T, hidden]`, the sublayer's normed input. Scores it, decides, and remembers the decision."""
+        score = self.routers[layer](x)
+        if self.config.level == "sequence":
+            score = self._prompt_mean(score)
+        return self.decide_on(layer, score)
+
+    def decide_on(self, layer: int, score: Tensor) -> Decision:
+        """score: of any shape a decision may have."""
+        keep = keeps(score, self.cutoff(layer))
+        soft = torch.sigmoid(score).float()
+        gate = keep.float() + (soft - soft.detach())  # s - s is exactly 0: the forward value stays 0 or 1
+        applied = gate.view_as(gate)
+        if applied.requires_grad:
+            applied.register_hook(lambda gradient: self._note_effect(layer, gradient))
+        self.decisions[layer] = Decision(score, keep, gate, applied)
+        return self.decisions[layer]
+
+    def _note_effect(self, layer: int, gradient: Tensor) -> None:
+        effect = self._counted(gradient.detach())
+        self.effects[layer] = effect.numel() * effect.square().mean().sqrt()
+
+    def _prompt_mean(self, scores: Tensor) -> Tensor:
+        """`[B, T]` -> float64 `[B]`: the mean over each row's prompt. Generated tokens never count."""
+        batch, length = scores.shape
+        valid = self.valid
+        if valid is None:
+            valid = torch.ones(batch, length, dtype=torch.bool, device=scores.device)
+        prompt = valid
+        if self.prompt_mask is not None:
+            # The mask may be shorter than the sequence: what follows it was generated.
+            prompt = nn.functional.pad(self.prompt_mask.bool(), (0, length - self.prompt_mask.shape[1])) & valid
+            prompt = torch.where(prompt.any(1, keepdim=True), prompt, valid)
+        return segment_means(scores[prompt], prompt.sum(1))
+
+    def kept(self) -> dict[int, Tensor]:
+        """Kept ratio per routed layer, differentiable (through the gates), float32 scalars.
+
+        The mean over valid tokens at token level, over samples at sequence level.
+        """
+        return {layer: self._counted(decision.gate).mean() for layer, decision in self.decisions.items()}
+
+    def counts(self) -> dict[int, tuple[float, float]]:
+        """(kept, routed) pairs per layer of the last forward: what to add up over batches."""
+        keeps = {layer: self._counted(decision.keep) for layer, decision in self.decisions.items()}
+        return {layer: (float(keep.sum()), float(keep.numel())) for layer, keep in keeps.items()}
+
+    def _counted(self, values: Tensor) -> Tensor:
+        """Leaves padding out: `[B, T, ...]` -> `[tokens, ...]`; `[B]` as it is."""
+        return values if self.valid is None or values.dim() == 1 else values[self.valid]
+
+
+def routing_of(model: nn.Module) -> Routing:
+    """The state that `attach_routers` gave to `model`; unwraps DDP and the like through `.module`."""
+    while not hasattr(model, "_mod_routing") and hasattr(model, "module"):
+        model = model.module  # type: ignore[assignment]
+    state = getattr(model, "_mod_routing", None)
+    if not isinstance(state, Routing):
+        raise ValueError(f"{type(model).__name__} has no routers; call attach_routers(model, config) first")
+    return state

@@ -1,0 +1,121 @@
+"""Sublayers that may be skipped: generated subclasses of whatever attention and MLP a model has.
+
+PyTorch's `fully_shard` swaps `module.__class__` the same way: parameters, names and hooks stay, and no model code
+is copied. Each subclass asks the shared `Routing` and hands the rest to the stock forward.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .routing import Decision, Routing
+
+
+def _broadcast(per_row_or_token: Tensor) -> Tensor:
+    """`[B]` or `[B, T]` -> `[B, 1 or T, 1]`, ready to meet hidden states."""
+    return per_row_or_token.view(per_row_or_token.shape[0], -1, 1)
+
+
+def gated(output: Tensor, decision: Decision) -> Tensor:
+    """Zero where skipped: `gate * F(x)` of the paper's eq. 4. output: `[B, T, hidden]`.
+
+    Selects where no gradient is wanted. In training it multiplies, because the estimator's gradient needs what the
+    sublayer *would* have added; values that are not finite are taken out first where skipped (0 * nan is nan).
+    """
+    keep = _broadcast(decision.keep)
+    if not decision.applied.requires_grad:
+        return torch.where(keep, output, torch.zeros((), dtype=output.dtype, device=output.device))
+    output = output.masked_fill(~keep & ~output.isfinite(), 0.0)
+    return output * _broadcast(decision.applied).to(output.dtype)
+
+
+def hide_skipped_keys(mask: Tensor | None, keep: Tensor, dtype: torch.dtype) -> Tensor:
+    """The attention mask without the keys of skipped tokens.
+
+    mask: what the model would use: None (plain causal), bool (True = visible) or additive float `[B or 1, 1, T, T]`.
+    keep: bool `[B, T]`. Returns the same kind, `[B, 1, T, T]`. Every query still sees itself, so no row is empty: a
+    skipped token's output is never used, and its estimator's gradient is that of keeping this one token.
+    """
+    length = keep.shape[1]
+    itself = torch.eye(length, dtype=torch.bool, device=keep.device)
+    visible = keep[:, None, None, :] | itself
+    if mask is None:
+        return visible & torch.ones_like(itself).tril()
+    if mask.shape[-2:] != (length, length):
+        raise NotImplementedError(f"token-level routing needs a square mask, not {tuple(mask.shape)} (no KV cache)")
+    if mask.dtype == torch.bool:
+        return (mask & visible) | itself
+    hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=mask.device)
+    return torch.where(visible, mask, hidden).masked_fill(itself, 0.0)
+
+
+class RoutedAttention(nn.Module):
+    """Mixin in front of a model's attention class. For `block` it also takes the decision that the MLP uses."""
+
+    _mod_layer: int
+    _mod_routing: Routing
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        """hidden_states: `[B, T, hidden]`, after the input norm. Returns (output `[B, T, hidden]`, weights)."""
+        routing = self._mod_routing
+        if kwargs.get("past_key_values") is not None:
+            raise NotImplementedError("the routed HF model has no KV cache; call it with use_cache=False")
+        if routing.config.is_static:
+            return torch.zeros_like(hidden_states), None
+        decision = routing.decide(self._mod_layer, hidden_states)
+        if routing.config.level == "token":
+            # At sequence level a skipped row has no kept query that could see its keys: nothing to hide.
+            mask = hide_skipped_keys(kwargs.get("attention_mask"), decision.keep, hidden_states.dtype)
+            kwargs["attention_mask"] = mask
+        output, weights = super().forward(hidden_states, *args, **kwargs)
+        return gated(output, decision), weights
+
+
+class RoutedMLP(nn.Module):
+    """Mixin in front of a model's MLP class, with a decision of its own (`mlp_*`)."""
+
+    _mod_layer: int
+    _mod_routing: Routing
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states: `[B, T, hidden]`, after the post-attention norm."""
+        if self._mod_routing.config.is_static:
+            return torch.zeros_like(hidden_states)
+        decision = self._mod_routing.decide(self._mod_layer, hidden_states)
+        return gated(super().forward(hidden_states), decision)
+
+
+class FollowingMLP(RoutedMLP):
+    """Mixin for `block_*`: the MLP follows the decision that this layer's attention took."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if self._mod_routing.config.is_static:
+            return torch.zeros_like(hidden_states)
+        decision = self._mod_routing.decisions[self._mod_layer]
+        return gated(super(RoutedMLP, self).forward(hidden_states), decision)
+
+
+#: Which sublayer gets which mixin, per target; experts are below a sublayer, see `experts`.
+MIXINS: dict[str, dict[str, type[nn.Module]]] = {
+    "attn": {"self_attn": RoutedAttention},
+    "mlp": {"mlp": RoutedMLP},
+    "block": {"self_attn": RoutedAttention, "mlp": FollowingMLP},
+    "expert": {},
+}
+
+
+@cache
+def _routed_class(mixin: Any, stock: Any) -> Any:
+    return type(f"{mixin.__name__}Of{stock.__name__}", (mixin, stock), {"__module__": stock.__module__})
+
+
+def make_skippable(module: nn.Module, mixin: Any, layer: int, routing: Routing) -> None:
+    """Turn a stock sublayer into its skippable version, in place."""
+    stock: Any = type(module)
+    module.__class__ = _routed_class(mixin, stock)
+    module._mod_layer = layer  # type: ignore[assignment]
+    module._mod_routing = routing  # type: ignore[assignment]
