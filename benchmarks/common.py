@@ -1,0 +1,142 @@
+"""What the benchmarks share: models with dummy weights, isolated runs, a record of the machine, result files."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vllm_mod.config import ModConfig, mod_architecture
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("vllm", "vllm-mod", "torch", "transformers")
+T = TypeVar("T")
+
+
+def progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def llama_config(directory: Path, **overrides: Any) -> Path:
+    """A directory with the `config.json` of a small Llama, for `load_format="dummy"`; no weights, no tokenizer."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 8192,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "float32",
+    }
+    return _write_config(directory, config | overrides)
+
+
+def copied_config(directory: Path, model: Path) -> Path:
+    """The shape of a real model; its weights stay where they are."""
+    return _write_config(directory, json.loads((model / "config.json").read_text()))
+
+
+def routed_config(
+    directory: Path,
+    base: Path,
+    granularity: str,
+    layers: Sequence[int],
+    threshold: Sequence[float] | float | None = None,
+) -> Path:
+    """The routed counterpart of `base`; thresholds 0 and 1 make every decision known beforehand."""
+    config = json.loads((base / "config.json").read_text())
+    settings: dict[str, Any] = {"version": 1, "granularity": granularity, "layers": list(layers)}
+    if threshold is not None:
+        settings["threshold"] = threshold
+    mod = ModConfig.parse(settings, "benchmark")
+    mod.check_fits(config["num_hidden_layers"])
+    architectures = [mod_architecture(config["architectures"][0])]
+    return _write_config(directory, config | {"architectures": architectures, "mod_config": mod.to_dict()})
+
+
+def _write_config(directory: Path, config: dict[str, Any]) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config, indent=1))
+    return directory
+
+
+def isolated(function: Callable[..., T], *args: Any, **environment: str) -> T:
+    """`function(*args)` in a fresh process, its stdout sent to stderr; one engine per process, nothing left behind."""
+    before = dict(os.environ)
+    os.environ.update(environment)
+    try:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=context, initializer=_stdout_to_stderr) as pool:
+            return pool.submit(function, *args).result()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _stdout_to_stderr() -> None:
+    os.dup2(2, 1)
+
+
+def machine() -> dict[str, Any]:
+    """CPU, cores, memory, GPU, package versions: what a number depends on. No names of hosts or people."""
+    record: dict[str, Any] = {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "load_average": [round(load, 1) for load in os.getloadavg()],
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    if Path("/proc/driver/nvidia/version").exists():
+        import torch
+
+        record["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return record | {"versions": {name: _version(name) for name in PACKAGES}}
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def command(module: str) -> str:
+    """What to type to repeat this run."""
+    return shlex.join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]])
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1) + "\n")
+    progress(f"wrote {path}")
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

@@ -1,0 +1,171 @@
+"""What pages per (request, layer) cost the scheduler, against stock allocation.
+
+Drives vLLM's own `KVCacheManager` as `Scheduler.schedule()` does, without a model: prefills, then decoding, then the
+end of every request. Three ways to allocate, taking turns in one process:
+
+  stock   vLLM's full-attention manager: one block per token block, for all layers
+  pages   this plugin's manager, nothing skipped
+  skip    this plugin's manager, every request skips half of the layers
+
+Reported per request and step in microseconds (median over the repeats, with the spread). A new row of pages comes with
+every block_size-th token, so decode steps are averaged over whole blocks. The last line of stdout is
+
+  {"decode_us": {"stock", "pages", "skip"}, "ratio", "worst_step_ratio", "whole_request_ratio"}
+
+each ratio that of the slower of the two page managers to stock: of a decode step; of the step in which every request
+needs a new row at once; and of all a request costs, from its prefill over --steps output tokens to its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .common import RESULTS, command, machine, markdown_table, progress, write_json
+
+
+def kv_manager(layers: int, tokens: int, block_size: int, paged: bool) -> Any:
+    """A KVCacheManager with room for `tokens` tokens, of stock blocks or of pages."""
+    import torch
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+
+    from vllm_mod.kv.pages import PageSpec
+
+    shape = {"block_size": block_size, "num_kv_heads": 8, "head_size": 128, "dtype": torch.bfloat16}
+    spec = PageSpec(**shape, num_layers=layers) if paged else FullAttentionSpec(**shape)
+    blocks = (tokens // block_size + 1) * (layers if paged else 1)
+    names = [f"model.layers.{i}.self_attn.attn" for i in range(layers)]
+    return KVCacheManager(
+        KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(names, spec)]),
+        max_model_len=tokens,
+        scheduler_block_size=block_size,
+        hash_block_size=block_size,
+        enable_caching=False,
+    )
+
+
+def make_requests(number: int, prompt: int) -> list[Any]:
+    from vllm import SamplingParams
+    from vllm.v1.request import Request
+
+    params = SamplingParams(max_tokens=1 << 20)
+    return [Request(f"request-{n}", [1] * prompt, params, None) for n in range(number)]
+
+
+def allocate(manager: Any, request: Any, tokens: int) -> None:
+    """As in `schedule()`: slots, and the block ids for the worker."""
+    slots = manager.allocate_slots(request, tokens)
+    assert slots is not None
+    slots.get_block_ids(allow_none=True)
+    request.num_computed_tokens += tokens
+
+
+def one_round(manager: Any, args: argparse.Namespace, skipped: Sequence[int]) -> dict[str, Any]:
+    """Seconds of each phase; the pool must be full again afterwards."""
+    free = manager.block_pool.get_num_free_blocks()
+    requests = make_requests(args.requests, args.prompt)
+    gc.collect()
+    clock = time.process_time_ns
+    start = clock()
+    for request in requests:
+        allocate(manager, request, args.prompt)
+    prefill, start = clock() - start, clock()
+    if skipped:
+        pages = manager.coordinator.single_type_managers[0]
+        for request in requests:
+            pages.skip_layers(request.request_id, skipped)
+    decide, steps = clock() - start, []
+    for _ in range(args.steps):
+        start = clock()
+        for request in requests:
+            allocate(manager, request, 1)
+        steps.append(clock() - start)
+    start = clock()
+    for request in requests:
+        if skipped:
+            pages.forget(request.request_id)
+        manager.free(request)
+    finish = clock() - start
+    assert manager.block_pool.get_num_free_blocks() == free, "pages leaked"
+    per_request = 1e-3 / args.requests
+    return {
+        "prefill_us": prefill * per_request,
+        "decide_us": decide * per_request,
+        "decode_us": statistics.mean(steps) * per_request,
+        "worst_step_us": max(steps) * per_request,
+        "finish_us": finish * per_request,
+        "whole_request_us": (prefill + decide + sum(steps) + finish) * per_request,
+    }
+
+
+def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    tokens = args.requests * (args.prompt + args.steps + args.block_size)
+    skipped = {"stock": (), "pages": (), "skip": range(1, args.layers, 2)}
+    managers = {n: kv_manager(args.layers, tokens, args.block_size, paged=n != "stock") for n in skipped}
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in managers}
+    for number in range(args.repeats + 1):
+        for name, manager in managers.items():
+            rounds[name].append(one_round(manager, args, skipped[name]))
+        progress(f"round {number} of {args.repeats}" + (" (warm-up)" if number == 0 else ""))
+    results: dict[str, dict[str, Any]] = {}
+    for name, measured in rounds.items():
+        results[name] = {}
+        for key in measured[0]:
+            values = sorted(r[key] for r in measured[1:])
+            results[name][key] = round(statistics.median(values), 3)
+            results[name][f"{key}_spread"] = [round(values[0], 3), round(values[-1], 3)]
+    return results
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.scheduler_cost",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--layers", type=int, default=32, help="decoder layers")
+    add("--requests", type=int, default=256, help="requests running at once")
+    add("--prompt", type=int, default=500, help="tokens per prompt")
+    add("--steps", type=int, default=128, help="decode steps per round, a multiple of --block-size")
+    add("--block-size", type=int, default=16, help="tokens per KV block")
+    add("--repeats", type=int, default=7, help="rounds per manager, taking turns, after one of warm-up")
+    add("--output", type=Path, default=RESULTS / "scheduler_cost.json", help="result file")
+    args = parser.parse_args(argv)
+    if args.steps % args.block_size:
+        parser.error("--steps: a multiple of --block-size is needed, so that whole rows are counted")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    results = measure(args)
+    keys = ("prefill_us", "decide_us", "decode_us", "worst_step_us", "finish_us", "whole_request_us")
+    progress(markdown_table(["", *keys], [[name, *(r[k] for k in keys)] for name, r in results.items()]))
+
+    def ratio(key: str) -> float:
+        return round(max(results[n][key] for n in ("pages", "skip")) / results["stock"][key], 3)
+
+    line = {
+        "decode_us": {name: r["decode_us"] for name, r in results.items()},
+        "ratio": ratio("decode_us"),
+        "worst_step_ratio": ratio("worst_step_us"),
+        "whole_request_ratio": ratio("whole_request_us"),
+    }
+    settings = {k: v for k, v in vars(args).items() if k != "output"}
+    about = {"command": command("scheduler_cost"), "machine": machine(), "settings": settings}
+    write_json(args.output, about | line | {"managers": results})
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()
