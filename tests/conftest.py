@@ -1,0 +1,50 @@
+"""Settings and fixtures of the whole suite. What is imported directly lives in `tests/support`."""
+
+import json
+import os
+from pathlib import Path
+
+# Tiny shapes on a machine that runs other things: threads of one op waiting for each other cost 10x.
+# Read when torch is first imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from hypothesis import settings
+from safetensors.torch import save_file
+
+# Before vLLM or transformers are imported, by a test or by a process that a test starts.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests bring their own models
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+settings.register_profile("suite", deadline=None, max_examples=100, print_blob=True)
+settings.load_profile("suite")
+
+
+@pytest.fixture
+def bare_base(tmp_path: Path) -> Path:
+    """What `checkpoint.py` needs of a Llama of 6 layers and hidden size 8, and no more: nothing can run it."""
+    base = tmp_path / "base"
+    base.mkdir()
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_hidden_layers": 6,
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+    }
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "tokenizer.json").write_text("{}")
+    weights = {f"model.layers.{i}.mlp.down_proj.weight": torch.full((8, 8), float(i)) for i in range(6)}
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    return base
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random-weight Llama that runs, written once."""
+    from tests.support.models import tiny_llama
+
+    return tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama")

@@ -1,0 +1,140 @@
+"""The table of architectures in vLLM: classes, what is refused for them, and the scores of single experts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from tests.support.models import edit_json, routed_checkpoint, tiny_model
+from vllm_mod import models
+from vllm_mod.checkpoint import BaseShape, check_routers, router_name
+from vllm_mod.config import ARCHITECTURES, ConfigError, ModConfig, default_layers
+from vllm_mod.gate import pair_scores, token_scores
+
+DEEPSEEK = {"n_routed_experts": 8, "num_experts_per_tok": 3, "first_k_dense_replace": 2}
+
+
+@pytest.mark.parametrize(("base", "routed"), ARCHITECTURES.items())
+def test_a_row_of_the_table_is_a_class(base: str, routed: str) -> None:
+    made = getattr(models, routed)
+    assert made is getattr(models, routed)
+    assert issubclass(made, models.MoDModel) and base in {c.__name__ for c in made.__mro__}
+
+
+def test_other_names_are_unknown() -> None:
+    with pytest.raises(AttributeError, match="GPT2MoDForCausalLM"):
+        models.GPT2MoDForCausalLM  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [("self_attn", "decoder layer Layer has no sub-module 'mlp'"), (None, "no decoder layers at model.layers")],
+)
+def test_an_architecture_of_another_kind_is_refused_by_name(part: str | None, message: str) -> None:
+    class Layer(nn.Module):
+        pass
+
+    class Other(models.MoDModel):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+
+    model = Other()
+    model.mod_config = ModConfig.parse({"version": 1, "granularity": "mlp_token", "layers": [0]}, "test")
+    if part is not None:
+        layer = Layer()
+        setattr(layer, part, nn.Identity())
+        model.model = nn.Module()
+        model.model.layers = nn.ModuleList([layer])
+    with pytest.raises(ConfigError, match=f"Other: .*{message}"):
+        model._layers_to_change()
+
+
+def shape(**config: Any) -> BaseShape:
+    return BaseShape.of({"num_hidden_layers": 6, "hidden_size": 4, **config}, "config.json")
+
+
+def test_shapes_of_models_with_experts() -> None:
+    assert shape().num_experts is None and shape(first_k_dense_replace=1).dense_layers == ()
+    assert shape(num_experts=8) == BaseShape("?", 6, 4, 8)
+    assert shape(n_routed_experts=8, first_k_dense_replace=2).dense_layers == (0, 1)
+    assert shape(n_routed_experts=8, moe_layer_freq=2).dense_layers == (1, 3, 5)
+    assert not set(default_layers(6)) & set(shape(**DEEPSEEK).dense_layers)
+
+
+@pytest.mark.parametrize(
+    ("config", "layers", "rows", "message"),
+    [
+        ({}, [2], 1, "needs experts, and this model is dense"),
+        (DEEPSEEK, [1, 2], 8, r"layers \[1\] of this model have one dense MLP \(8 experts in the others\)"),
+        (DEEPSEEK, [2], 1, r"shape \[1, 4\], this model needs \[8, 4\], a gate for each of its 8 experts"),
+        (DEEPSEEK, [2], 64, r"shape \[64, 4\], this model needs \[8, 4\]"),
+    ],
+)
+def test_expert_routers_that_do_not_fit(config: dict[str, Any], layers: list[int], rows: int, message: str) -> None:
+    mod = ModConfig.parse({"version": 1, "granularity": "expert_token", "layers": layers}, "test")
+    routers = {router_name(i): torch.zeros(rows, 4) for i in layers}
+    with pytest.raises(ConfigError, match=message):
+        check_routers(routers, mod, shape(**config), "routers")
+
+
+def test_pair_scores_are_those_of_each_experts_gate() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(7, 64, generator=generator).bfloat16(), torch.randn(5, 64, generator=generator)
+    experts = torch.randint(5, (7, 3), generator=generator, dtype=torch.int32)
+    scores = pair_scores(x, weight, experts)
+    assert scores.shape == (7, 3) and scores.dtype == torch.float32
+    for t in range(7):
+        assert torch.equal(scores[t], pair_scores(x[t : t + 1], weight, experts[t : t + 1])[0])
+        for k in range(3):
+            assert scores[t, k] == token_scores(x[t], weight[experts[t, k]][None])
+
+
+def _settings(checkpoint: Path, **options: Any) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(model=str(checkpoint), **{"max_model_len": 256, **options}).create_engine_config()
+
+
+@pytest.mark.parametrize("granularity", ["attn_token", "block_token", "attn_sequence", "mlp_token"])
+def test_a_window_and_packed_kv(tmp_path: Path, granularity: str) -> None:
+    """Packed KV has lost the true positions that a window counts, unless the window sees everything."""
+    base = tiny_model(tmp_path / "base", "mistral", num_hidden_layers=4, sliding_window=64)
+    checkpoint = routed_checkpoint(base, tmp_path / "c", granularity, [1, 2])
+    if granularity not in ("attn_token", "block_token"):
+        _settings(checkpoint)
+        return
+    with pytest.raises(ValueError, match=r"layers \[1, 2\] have a window of 64 tokens, less than max_model_len 256"):
+        _settings(checkpoint)
+    _settings(checkpoint, max_model_len=64)
+
+
+def test_gated_experts_refuse_lora(tmp_path: Path) -> None:
+    base = tiny_model(tmp_path / "base", "deepseek", num_hidden_layers=4, head_dim=None, **DEEPSEEK)
+    checkpoint = routed_checkpoint(base, tmp_path / "c", "expert_token", [2, 3])
+    with pytest.raises(ValueError, match="expert_token routing cannot be served with LoRA"):
+        _settings(checkpoint, enable_lora=True)
+
+
+def test_deepseek_checkpoints_load_without_their_own_code(tmp_path: Path) -> None:
+    """As published: rotary settings of transformers 4, and `auto_map`, whose code is not run."""
+    from training.model import load_base
+
+    base = tiny_model(tmp_path / "base", "deepseek", num_hidden_layers=4, head_dim=None, **DEEPSEEK)
+    names = load_file(base / "model.safetensors")
+    assert {"model.layers.2.mlp.experts.7.up_proj.weight", "model.layers.2.mlp.gate.weight"} <= set(names)
+    edit_json(
+        base / "config.json",
+        architectures=["DeepseekForCausalLM"],
+        auto_map={"AutoConfig": "configuration_deepseek.DeepseekConfig"},
+        rope_parameters=None,
+        rope_theta=20000.0,
+        head_dim=None,
+    )
+    checkpoint = routed_checkpoint(base, tmp_path / "c", "expert_token", [2, 3])
+    config = _settings(checkpoint).model_config.hf_config
+    assert type(config).__name__ == "DeepseekConfig" and config.n_routed_experts == 8
+    assert config.rope_parameters["rope_theta"] == 20000.0
+    assert type(load_base(checkpoint, torch.float32)).__name__ == "DeepseekForCausalLM"

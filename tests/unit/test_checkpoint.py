@@ -1,0 +1,335 @@
+"""Checkpoint directories: what is written, what is read back, and how bad ones are refused."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import stat
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.support.models import edit_json
+from vllm_mod import checkpoint
+from vllm_mod.checkpoint import (
+    INDEX_FILE,
+    ROUTER_CONFIG_FILE,
+    ROUTERS_FILE,
+    WEIGHTS_FILE,
+    BaseShape,
+    load_router_tensors,
+    read_json,
+    read_mod_config,
+    read_routers,
+    router_name,
+    write_checkpoint,
+    write_routers,
+)
+from vllm_mod.config import ARCHITECTURES, ConfigError, ModConfig
+
+SHAPE = BaseShape("LlamaForCausalLM", num_layers=6, hidden_size=8, num_experts=None)
+
+
+def mod_config(**changes) -> ModConfig:
+    return ModConfig.parse({"version": 1, "granularity": "attn_sequence", "layers": [2, 4]} | changes, "test")
+
+
+def routers(layers=(2, 4), dtype=torch.float32):
+    return {i: torch.arange(8, dtype=dtype).view(1, 8) + i for i in layers}
+
+
+@pytest.fixture
+def full(bare_base, tmp_path):
+    return write_checkpoint(bare_base, tmp_path / "full", mod_config(target_capacity=0.5), routers())
+
+
+def tree(directory):
+    """Every path below a directory: what a failed write must leave as it was."""
+    return sorted(str(p.relative_to(directory)) for p in directory.rglob("*"))
+
+
+def one_line(error) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+class TestWrite:
+    def test_a_full_checkpoint_is_the_base_plus_routers(self, bare_base, full):
+        config = read_json(full / "config.json")
+        base_config = read_json(bare_base / "config.json")
+        assert config.pop("architectures") == ["LlamaMoDForCausalLM"]
+        assert config.pop("mod_config") == mod_config(target_capacity=0.5).to_dict()
+        base_config.pop("architectures")
+        assert config == base_config
+        assert (full / "tokenizer.json").read_text() == "{}"
+        assert (full / WEIGHTS_FILE).samefile(bare_base / WEIGHTS_FILE)  # a hard link
+
+    def test_the_index_lists_every_tensor_once(self, bare_base, full):
+        index = read_json(full / INDEX_FILE)
+        expected = dict.fromkeys(load_file(bare_base / WEIGHTS_FILE), WEIGHTS_FILE)
+        expected |= dict.fromkeys(map(router_name, (2, 4)), ROUTERS_FILE)
+        assert index["weight_map"] == expected
+        assert index["metadata"]["total_size"] > 0
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_routers_come_back_as_written(self, bare_base, tmp_path, dtype):
+        out = write_checkpoint(bare_base, tmp_path / "out", mod_config(), routers(dtype=dtype))
+        config = read_mod_config(out)
+        assert config == mod_config()
+        back = read_routers(out, config, SHAPE)
+        assert back.keys() == {2, 4}
+        assert all(torch.equal(back[i], w) and back[i].dtype == dtype for i, w in routers(dtype=dtype).items())
+
+    def test_router_only_directory(self, tmp_path):
+        out = write_routers(tmp_path / "deep" / "routers", mod_config(threshold=[0.4, 0.6]), routers())
+        assert tree(out) == [ROUTER_CONFIG_FILE, ROUTERS_FILE]
+        assert read_mod_config(out).thresholds == (0.4, 0.6)
+        assert torch.equal(read_routers(out, read_mod_config(out), SHAPE)[4], routers()[4])
+
+    def test_a_static_checkpoint_has_no_routers(self, bare_base, tmp_path):
+        config = mod_config(granularity="attn_static")
+        out = write_checkpoint(bare_base, tmp_path / "out", config, {})
+        assert not (out / ROUTERS_FILE).exists()
+        assert read_mod_config(out) == config
+        assert read_routers(out, config, SHAPE) == {}
+
+    def test_everybody_may_read_it(self, full):
+        for path in [full, *full.iterdir()]:
+            if path.name != WEIGHTS_FILE:  # as readable as the base's, whose file it is
+                assert path.stat().st_mode & stat.S_IROTH
+
+    def test_weights_are_copied_where_links_are_impossible(self, bare_base, tmp_path, monkeypatch):
+        def no_link(*_):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+        monkeypatch.setattr(os, "link", no_link)
+        out = write_checkpoint(bare_base, tmp_path / "out", mod_config(), routers())
+        assert (out / WEIGHTS_FILE).read_bytes() == (bare_base / WEIGHTS_FILE).read_bytes()
+        assert not (out / WEIGHTS_FILE).samefile(bare_base / WEIGHTS_FILE)
+
+    def test_hub_cache_links_are_followed(self, bare_base, tmp_path):
+        blob = tmp_path / "blob"
+        (bare_base / WEIGHTS_FILE).rename(blob)
+        (bare_base / WEIGHTS_FILE).symlink_to(blob)
+        out = write_checkpoint(bare_base, tmp_path / "out", mod_config(), routers())
+        assert not (out / WEIGHTS_FILE).is_symlink()
+        assert load_file(out / WEIGHTS_FILE)
+
+    def test_other_weight_formats_are_left_out(self, bare_base, tmp_path):
+        (bare_base / "pytorch_model.bin").write_bytes(b"pickle")
+        out = write_checkpoint(bare_base, tmp_path / "out", mod_config(), routers())
+        assert not (out / "pytorch_model.bin").exists()
+
+    def test_a_sharded_base(self, bare_base, tmp_path):
+        tensors = load_file(bare_base / WEIGHTS_FILE)
+        (bare_base / WEIGHTS_FILE).unlink()
+        names = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
+        for file in set(names.values()):
+            save_file({n: t for n, t in tensors.items() if names[n] == file}, bare_base / file)
+        (bare_base / INDEX_FILE).write_text(json.dumps({"weight_map": names}))
+        out = write_checkpoint(bare_base, tmp_path / "out", mod_config(), routers())
+        assert read_json(out / INDEX_FILE)["weight_map"].items() > names.items()
+        assert read_routers(out, mod_config(), SHAPE).keys() == {2, 4}
+
+    def test_a_routed_checkpoint_can_be_a_base(self, full, tmp_path):
+        out = write_checkpoint(full, tmp_path / "out", mod_config(layers=[3]), routers([3]))
+        assert read_mod_config(out).layers == (3,)
+        assert [n for n in read_json(out / INDEX_FILE)["weight_map"] if "router" in n] == [router_name(3)]
+        assert read_routers(out, read_mod_config(out), SHAPE).keys() == {3}
+
+
+class TestRefusedWrites:
+    """A write that fails says why in one line, and leaves the directory as it was."""
+
+    def refused(self, tmp_path, base, config=None, weights=None, output="out"):
+        before = tree(tmp_path)
+        with pytest.raises(ConfigError) as error:
+            write_checkpoint(base, tmp_path / output, config or mod_config(), routers() if weights is None else weights)
+        assert tree(tmp_path) == before
+        return one_line(error)
+
+    def test_no_base(self, tmp_path):
+        assert "base/config.json: no such file" in self.refused(tmp_path, tmp_path / "base")
+
+    def test_unsupported_architecture(self, tmp_path, bare_base):
+        edit_json(bare_base / "config.json", architectures=["GPT2LMHeadModel"])
+        message = self.refused(tmp_path, bare_base)
+        assert f"'GPT2LMHeadModel' is not supported; supported: {', '.join(ARCHITECTURES)}" in message
+
+    def test_not_a_decoder(self, tmp_path, bare_base):
+        edit_json(bare_base / "config.json", hidden_size=None)
+        assert "key 'hidden_size' is missing" in self.refused(tmp_path, bare_base)
+
+    def test_no_safetensors(self, tmp_path, bare_base):
+        (bare_base / WEIGHTS_FILE).unlink()
+        assert "only safetensors weights are read" in self.refused(tmp_path, bare_base)
+
+    def test_unreadable_weights(self, tmp_path, bare_base):
+        (bare_base / WEIGHTS_FILE).write_bytes(b"not safetensors")
+        assert f"{WEIGHTS_FILE}: not a readable safetensors file" in self.refused(tmp_path, bare_base)
+
+    def test_a_shard_is_missing(self, tmp_path, bare_base):
+        (bare_base / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "model-00001.safetensors"}}))
+        assert "model-00001.safetensors is listed, and is not in" in self.refused(tmp_path, bare_base)
+
+    def test_an_index_without_a_map(self, tmp_path, bare_base):
+        (bare_base / INDEX_FILE).write_text("{}")
+        assert f"{INDEX_FILE}: key 'weight_map' is missing" in self.refused(tmp_path, bare_base)
+
+    def test_layer_out_of_range(self, tmp_path, bare_base):
+        message = self.refused(tmp_path, bare_base, mod_config(layers=[2, 6]), routers([2, 6]))
+        assert "layer 6 is out of range, the model has layers 0 to 5" in message
+
+    def test_routers_of_another_base(self, tmp_path, bare_base):
+        wide = {i: torch.zeros(1, 16) for i in (2, 4)}
+        message = self.refused(tmp_path, bare_base, weights=wide)
+        assert "model.layers.2.router.weight has shape [1, 16], this model needs [1, 8]" in message
+        assert "another base model" in message
+
+    @pytest.mark.parametrize("existing", ["file", "directory"])
+    def test_existing_output_is_not_overwritten(self, tmp_path, bare_base, existing):
+        if existing == "file":
+            (tmp_path / "out").write_text("precious")
+        else:
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "precious").write_text("")
+        assert "out: exists already" in self.refused(tmp_path, bare_base)
+
+    def test_an_empty_directory_may_be_there(self, tmp_path, bare_base):
+        (tmp_path / "out").mkdir()
+        assert write_checkpoint(bare_base, tmp_path / "out", mod_config(), routers()).is_dir()
+
+    def test_the_parent_is_a_file(self, tmp_path, bare_base):
+        (tmp_path / "file").write_text("")
+        assert "cannot be written" in self.refused(tmp_path, bare_base, output="file/out")
+
+    @pytest.mark.parametrize("step", ["save_file", "_link_or_copy", "_write_json"])
+    def test_full_disk(self, tmp_path, bare_base, monkeypatch, step):
+        def full_disk(*_, **__):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(checkpoint, step, full_disk)
+        message = self.refused(tmp_path, bare_base)
+        assert "out: cannot be written: " in message
+        assert "No space left on device; nothing was left behind" in message
+
+    def test_full_disk_after_a_failed_link(self, tmp_path, bare_base, monkeypatch):
+        def full_disk(*_, **__):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "link", full_disk)
+        monkeypatch.setattr(shutil, "copyfile", full_disk)
+        assert "No space left on device" in self.refused(tmp_path, bare_base)
+
+    def test_a_file_really_cannot_grow(self, tmp_path):
+        """The kernel refuses the write half-way, as a full disk does."""
+        wide = {i: torch.zeros(1, 1 << 16) for i in (2, 4)}
+        before, limits = tree(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+        try:
+            with pytest.raises(ConfigError) as error:
+                write_routers(tmp_path / "out", mod_config(), wide)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert "out: cannot be written" in one_line(error)
+        assert tree(tmp_path) == before
+
+    def test_interrupted(self, tmp_path, bare_base, monkeypatch):
+        def interrupt(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(checkpoint, "save_file", interrupt)
+        before = tree(tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            write_checkpoint(bare_base, tmp_path / "out", mod_config(), routers())
+        assert tree(tmp_path) == before
+
+
+class TestRefusedReads:
+    def test_no_mod_config(self, bare_base):
+        with pytest.raises(ConfigError) as error:
+            read_mod_config(bare_base)
+        assert "config.json: key 'mod_config' is missing" in one_line(error)
+        assert "router-tuning train" in str(error.value)
+
+    @pytest.mark.parametrize("text", ["", "{", "[1]", "\xff"])
+    def test_unreadable_config(self, full, text):
+        (full / "config.json").write_bytes(text.encode("latin-1"))
+        with pytest.raises(ConfigError, match=r"config\.json: (cannot be read|a JSON object is needed)"):
+            read_mod_config(full)
+
+    def test_bad_keys_name_the_file(self, full):
+        edit_json(full / "config.json", mod_config=mod_config().to_dict() | {"depth": 3})
+        with pytest.raises(ConfigError, match=r"config\.json: mod_config: unknown key 'depth'"):
+            read_mod_config(full)
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            (lambda t: t.pop(router_name(4)), "router tensor model.layers.4.router.weight is missing (1 in all)"),
+            (lambda t: t.clear(), "router tensor model.layers.2.router.weight is missing (2 in all)"),
+            (lambda t: t.update({router_name(5): torch.zeros(1, 8)}), "model.layers.5.router.weight belongs to no"),
+            (lambda t: t.update({"model.layers.2.gate": torch.zeros(1)}), "model.layers.2.gate belongs to no"),
+            (lambda t: t.update({router_name(2): torch.zeros(8)}), "router.weight has shape [8], this model needs"),
+            (lambda t: t.update({router_name(2): torch.zeros(2, 8)}), "router.weight has shape [2, 8], this model"),
+            (lambda t: t.update({router_name(4): torch.zeros(1, 9)}), "[1, 9], this model needs [1, 8]; the routers"),
+            (lambda t: t.update({router_name(4): torch.zeros(1, 8).long()}), "layers.4.router.weight is torch.int64"),
+            (lambda t: t[router_name(4)].fill_(torch.nan), "layers.4.router.weight has values that are not finite"),
+            (lambda t: t[router_name(2)][0, 3].fill_(torch.inf), "layers.2.router.weight has values that are not"),
+        ],
+    )
+    def test_bad_routers_name_file_and_tensor(self, full, change, said):
+        tensors = load_file(full / ROUTERS_FILE)
+        change(tensors)
+        save_file(tensors, full / ROUTERS_FILE)
+        with pytest.raises(ConfigError) as error:
+            read_routers(full, read_mod_config(full), SHAPE)
+        assert said in one_line(error)
+        assert str(full / ROUTERS_FILE) in str(error.value)
+
+    def test_routers_with_a_static_config(self, full):
+        with pytest.raises(ConfigError, match=r"model\.layers\.2\.router\.weight belongs to no routed layer"):
+            read_routers(full, mod_config(granularity="mlp_static"), SHAPE)
+
+    def test_a_base_with_fewer_layers(self, full):
+        with pytest.raises(ConfigError, match="layer 4 is out of range, the model has layers 0 to 3"):
+            read_routers(full, mod_config(), BaseShape("LlamaForCausalLM", 4, 8, None))
+
+    def test_router_file_is_gone(self, full):
+        (full / ROUTERS_FILE).unlink()
+        with pytest.raises(ConfigError, match=r"model\.layers\.2\.router\.weight is missing \(2 in all\)"):
+            read_routers(full, mod_config(), SHAPE)
+
+    def test_empty_directory(self, tmp_path):
+        with pytest.raises(ConfigError, match=f"^{tmp_path}: router tensor .* is missing"):
+            read_routers(tmp_path, mod_config(), SHAPE)
+
+    def test_truncated_router_file(self, full):
+        content = (full / ROUTERS_FILE).read_bytes()
+        (full / ROUTERS_FILE).write_bytes(content[:-8])
+        with pytest.raises(ConfigError, match=f"{ROUTERS_FILE}: not a readable safetensors file"):
+            read_routers(full, mod_config(), SHAPE)
+
+
+def test_expert_routers_have_a_row_per_expert(tmp_path):
+    config, shape = mod_config(granularity="expert_token"), BaseShape("OlmoeForCausalLM", 6, 8, num_experts=4)
+    out = write_routers(tmp_path / "out", config, {i: torch.zeros(4, 8) for i in (2, 4)})
+    assert read_routers(out, config, shape)[2].shape == (4, 8)
+    with pytest.raises(ConfigError, match=r"\[4, 8\], this model needs \[16, 8\], a gate for each of its 16 experts$"):
+        read_routers(out, config, BaseShape("OlmoeForCausalLM", 6, 8, num_experts=16))
+
+
+def test_router_only_file_of_the_reference_implementation(tmp_path):
+    tensors = {router_name(i): w for i, w in routers().items()}
+    save_file(tensors, tmp_path / WEIGHTS_FILE)
+    (tmp_path / ROUTER_CONFIG_FILE).write_text(json.dumps(mod_config().to_dict()))
+    assert torch.equal(read_routers(tmp_path, read_mod_config(tmp_path), SHAPE)[2], routers()[2])
+
+
+def test_routers_of_a_mixture_of_experts_are_not_ours(tmp_path):
+    """Base models call their expert selection a router, too."""
+    tensors = {router_name(2): torch.zeros(1, 8), "model.layers.2.mlp.router.weight": torch.zeros(4, 8)}
+    save_file(tensors, tmp_path / WEIGHTS_FILE)
+    assert load_router_tensors(tmp_path)[1].keys() == {router_name(2)}

@@ -1,0 +1,137 @@
+"""`vllm-mod inspect`: the table, the JSON object, and one-line errors with exit status 2."""
+
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vllm_mod.checkpoint import ROUTERS_FILE, router_name, write_checkpoint, write_routers
+from vllm_mod.cli import main
+from vllm_mod.config import ModConfig
+
+CONFIG = ModConfig.parse(
+    {
+        "version": 1,
+        "granularity": "attn_sequence",
+        "layers": [2, 4],
+        "threshold": [0.5, 0.25],
+        "target_capacity": 0.5,
+        "base_model": "meta-llama/Llama",
+    },
+    "test",
+)
+ROUTERS = {2: torch.full((1, 8), 0.5), 4: torch.zeros(1, 8, dtype=torch.bfloat16)}
+
+
+@pytest.fixture
+def full(bare_base, tmp_path):
+    return write_checkpoint(bare_base, tmp_path / "full", CONFIG, ROUTERS)
+
+
+def inspect(capsys, *args):
+    status = main(["inspect", *map(str, args)])
+    captured = capsys.readouterr()
+    assert (status, captured.err) == (0, "")
+    return captured.out
+
+
+def test_table_of_a_full_checkpoint(capsys, full):
+    lines = [line.split() for line in inspect(capsys, full).splitlines()]
+    for fact in [
+        ["architecture", "LlamaMoDForCausalLM"],
+        ["base", "model", "meta-llama/Llama"],
+        ["routed", "layers", "2", "of", "6"],
+        ["target", "capacity", "0.5"],
+        ["layer", "routed", "threshold", "router", "norm", "shape", "dtype"],
+        ["0", "no"],
+        ["2", "yes", "0.5", "1.414", "[1,", "8]", "float32"],
+        ["4", "yes", "0.25", "0", "[1,", "8]", "bfloat16"],
+        ["5", "no"],
+    ]:
+        assert fact in lines
+    assert "attn_sequence (self-attention, decided once per request)" in inspect(capsys, full)
+
+
+def test_json_of_a_full_checkpoint(capsys, full):
+    report = json.loads(inspect(capsys, full, "--json"))
+    layers = report.pop("layers")
+    assert report == {
+        "path": str(full),
+        "kind": "full checkpoint",
+        "architecture": "LlamaMoDForCausalLM",
+        "num_layers": 6,
+        "hidden_size": 8,
+        "base_model": "meta-llama/Llama",
+        "granularity": "attn_sequence",
+        "target_capacity": 0.5,
+    }
+    assert [row["layer"] for row in layers if row["routed"]] == [2, 4]
+    assert [row["layer"] for row in layers if not row["routed"]] == [0, 1, 3, 5]
+    norm = pytest.approx(2**0.5)
+    expected = {"threshold": 0.5, "router_norm": norm, "shape": [1, 8], "dtype": "float32"}
+    assert layers[2] == {"layer": 2, "routed": True} | expected
+
+
+def test_router_only_directory(capsys, tmp_path):
+    out = write_routers(tmp_path / "routers", CONFIG, ROUTERS)
+    report = json.loads(inspect(capsys, out, "--json"))
+    assert (report["kind"], report["architecture"], report["num_layers"]) == ("router-only", None, None)
+    assert (report["hidden_size"], [row["layer"] for row in report["layers"]]) == (8, [2, 4])
+    assert "routed layers    2\n" in inspect(capsys, out)
+
+
+def test_reference_routers(capsys, tmp_path):
+    save_file({router_name(i): w for i, w in ROUTERS.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "mod_config.json").write_text(json.dumps(CONFIG.to_dict()))
+    assert [row["threshold"] for row in json.loads(inspect(capsys, tmp_path, "--json"))["layers"]] == [0.5, 0.25]
+
+
+def test_static_checkpoint(capsys, bare_base, tmp_path):
+    config = ModConfig(version=1, granularity="block_static", layers=(1, 2))
+    out = write_checkpoint(bare_base, tmp_path / "out", config, {})
+    assert inspect(capsys, out).count("always skipped") == 3  # in words, and two layers
+    assert json.loads(inspect(capsys, out, "--json"))["layers"][1] == {"layer": 1, "routed": True, "threshold": None}
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_errors_are_one_line_and_status_2(capsys, full, bare_base, tmp_path, flags):
+    (full / ROUTERS_FILE).write_bytes(b"")
+    misfit = write_routers(tmp_path / "misfit", CONFIG, {2: torch.zeros(1, 8), 4: torch.zeros(1, 9)})
+    for path, said in [
+        (tmp_path / "nowhere", "nowhere: no such directory"),
+        (bare_base, "key 'mod_config' is missing"),
+        (full, f"{ROUTERS_FILE}: not a readable safetensors file"),
+        (misfit, "model.layers.4.router.weight has shape [1, 9]"),
+    ]:
+        assert main(["inspect", str(path), *flags]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("vllm-mod: error: ")
+        assert err.count("\n") == 1
+        assert said in err
+
+
+def test_installed_command_without_vllm(full, tmp_path):
+    """The console script of this environment answers, and loads neither vLLM nor transformers."""
+    (tmp_path / "vllm.py").write_text("raise RuntimeError('vLLM was imported')")
+    (tmp_path / "transformers.py").write_text("raise RuntimeError('transformers was imported')")
+    code = "from vllm_mod.cli import main; raise SystemExit(main())"
+    command = [sys.executable, "-c", code, "inspect", str(full), "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["granularity"] == "attn_sequence"
+
+
+def test_help_and_version(capsys):
+    for argv, said in [
+        (["--help"], "vllm serve"),
+        (["inspect", "--help"], "router-only directory"),
+        (["--version"], version("vllm-mod")),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert stop.value.code == 0
+        assert said in capsys.readouterr().out

@@ -1,0 +1,165 @@
+"""The plugin's hook: settings it makes, and what it refuses at start-up. No engine is started."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.support.models import edit_json, routed_checkpoint, tiny_llama
+from vllm_mod.checkpoint import ROUTERS_FILE
+from vllm_mod.config import ARCHITECTURES
+
+LAYERS = [1, 2]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("engine") / "llama", num_hidden_layers=4)
+
+
+def settings(checkpoint: Path, mod: dict[str, Any] | None = None, **options: Any) -> Any:
+    """vLLM's whole configuration, as `vllm serve` makes it."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    extra = {} if mod is None else {"additional_config": {"mod": mod}}
+    return EngineArgs(model=str(checkpoint), max_model_len=512, **extra, **options).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("granularity", "chunked", "cached"),
+    [
+        ("attn_sequence", False, False),
+        ("mlp_sequence", False, False),
+        ("attn_token", True, False),
+        ("block_token", True, False),
+        ("mlp_token", True, True),
+    ],
+)
+def test_settings(base: Path, tmp_path: Path, granularity: str, chunked: bool, cached: bool) -> None:
+    config = settings(routed_checkpoint(base, tmp_path / "c", granularity, LAYERS), max_num_batched_tokens=256)
+    assert config.scheduler_config.enable_chunked_prefill == chunked
+    assert config.cache_config.enable_prefix_caching == cached
+    if granularity.endswith("sequence"):
+        assert config.scheduler_config.max_num_batched_tokens >= 512
+    assert config.kv_transfer_config.kv_connector == "MoDConnector"
+
+
+def test_log_names_layers_and_thresholds(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_mod import engine
+
+    lines: list[str] = []
+    monkeypatch.setattr(engine.logger, "info", lambda message, *args: lines.append(message % args))
+    settings(routed_checkpoint(base, tmp_path / "c", "attn_sequence", LAYERS, threshold=[0.25, 0.75]))
+    assert lines == [
+        "attn_sequence: prefix caching off (a decision needs its whole prompt)",
+        "attn_sequence: chunked prefill off (a decision needs its whole prompt)",
+        "attn_sequence: 2 of 4 layers routed: 1, 2",
+        "attn_sequence: kept where sigmoid(w . x) >= 0.25, 0.75",
+    ]
+
+
+def test_static_needs_nothing(base: Path, tmp_path: Path) -> None:
+    config = settings(routed_checkpoint(base, tmp_path / "c", "attn_static", LAYERS))
+    assert config.kv_transfer_config is None
+    assert config.cache_config.enable_prefix_caching
+
+
+def test_registering_twice_changes_nothing() -> None:
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from vllm_mod import register
+
+    register()
+    before = {routed: MODELS_CONFIG_MAP[routed] for routed in ARCHITECTURES.values()}
+    register()
+    assert before == {routed: MODELS_CONFIG_MAP[routed] for routed in ARCHITECTURES.values()}
+    assert set(ARCHITECTURES.values()) <= set(ModelRegistry.get_supported_archs())
+
+
+def _edit_routers(checkpoint: Path, change: Any) -> None:
+    tensors = load_file(checkpoint / ROUTERS_FILE)
+    change(tensors)
+    (checkpoint / ROUTERS_FILE).unlink()
+    save_file(tensors, checkpoint / ROUTERS_FILE)
+
+
+NAME = "model.layers.2.router.weight"
+DRAFT = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mod": {"treshold": 0.5}}, ["additional-config", "treshold", "threshold"]),
+        ({"mod": {"threshold": 2}}, ["threshold", "0 (keep everything)"]),
+        ({"mod": {"threshold": [0.5]}}, ["threshold", "1 numbers for 2 routed layers"]),
+        ({"mod": {"force": "off"}}, ["force", "keep"]),
+        ({"speculative_config": DRAFT}, ["attn_sequence", "speculative"]),
+        ({"kv_transfer_config": CONNECTOR}, ["attn_sequence", "--kv-transfer-config"]),
+        ({"kv_offloading_size": 1.0}, ["attn_sequence", "--kv-offloading-size"]),
+    ],
+)
+def test_refused_flags(base: Path, tmp_path: Path, options: dict[str, Any], words: list[str]) -> None:
+    from vllm.config import KVTransferConfig
+
+    if "kv_transfer_config" in options:
+        options = {"kv_transfer_config": KVTransferConfig(**options["kv_transfer_config"])}
+    checkpoint = routed_checkpoint(base, tmp_path / "c", "attn_sequence", LAYERS)
+    with pytest.raises(ValueError) as error:
+        settings(checkpoint, **options)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop(NAME), [NAME, "is missing"]),
+        (
+            lambda t: t.update({"model.layers.3.router.weight": torch.zeros(1, 64)}),
+            ["model.layers.3", "no routed layer"],
+        ),
+        (lambda t: t.update({NAME: torch.zeros(1, 32)}), [NAME, "[1, 32]", "[1, 64]", "another base model"]),
+        (lambda t: t.update({NAME: torch.full((1, 64), torch.nan)}), [NAME, "not finite"]),
+    ],
+)
+def test_refused_routers(base: Path, tmp_path: Path, change: Any, words: list[str]) -> None:
+    checkpoint = routed_checkpoint(base, tmp_path / "c", "attn_sequence", LAYERS)
+    _edit_routers(checkpoint, change)
+    with pytest.raises(ValueError) as error:
+        settings(checkpoint)
+    for word in [ROUTERS_FILE, *words]:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("mod_config", "words"),
+    [
+        (None, ["mod_config", "missing"]),
+        ({"version": 1, "granularity": "attn_sequence", "layers": [1, 4]}, ["layers", "4", "0 to 3"]),
+        ({"version": 1, "granularity": "attn_sequence", "layers": [1, 2], "depth": 3}, ["unknown key 'depth'"]),
+        ({"version": 1, "granularity": "expert_token", "layers": [1, 2]}, ["granularity", "dense"]),
+    ],
+)
+def test_refused_config(base: Path, tmp_path: Path, mod_config: Any, words: list[str]) -> None:
+    checkpoint = routed_checkpoint(base, tmp_path / "c", "attn_sequence", LAYERS)
+    edit_json(checkpoint / "config.json", mod_config=mod_config)
+    with pytest.raises(ValueError) as error:
+        settings(checkpoint)
+    for word in ["config.json", *words] if "depth" in str(mod_config) else words:
+        assert word in str(error.value)
+
+
+def test_untested_vllm(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm
+
+    checkpoint = routed_checkpoint(base, tmp_path / "c", "attn_sequence", LAYERS)
+    monkeypatch.setattr(vllm, "__version__", "0.41.2")
+    with pytest.raises(ValueError, match=r"0\.32\.\*, and 0\.41\.2 is installed"):
+        settings(checkpoint)
+    monkeypatch.setenv("VLLM_MOD_ALLOW_UNTESTED", "1")
+    settings(checkpoint)
