@@ -42,18 +42,28 @@ class BaseShape:
     num_layers: int
     hidden_size: int
     num_experts: int | None
+    #: layers that have one dense MLP, of a model with experts in the others
+    dense_layers: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, config: Mapping[str, Any], where: str) -> BaseShape:
         try:
+            num_layers, num_experts = config["num_hidden_layers"], num_experts_of(config)
+            dense_first, every = config.get("first_k_dense_replace") or 0, config.get("moe_layer_freq") or 1
             return cls(
                 architecture=(config.get("architectures") or ["?"])[0],
-                num_layers=config["num_hidden_layers"],
+                num_layers=num_layers,
                 hidden_size=config["hidden_size"],
-                num_experts=config.get("num_experts") or config.get("n_routed_experts"),
+                num_experts=num_experts,
+                dense_layers=tuple(i for i in range(num_layers) if num_experts and (i < dense_first or i % every)),
             )
         except KeyError as key:
             raise ConfigError(f"{where}: key {key} is missing; is this a decoder-only model?") from None
+
+
+def num_experts_of(config: Mapping[str, Any]) -> int | None:
+    """Routed experts per MoE layer as `config.json` says; None of a dense model."""
+    return config.get("num_experts") or config.get("n_routed_experts")
 
 
 def router_name(layer: int) -> str:
@@ -112,7 +122,7 @@ def load_router_tensors(directory: str | Path) -> tuple[Path, dict[str, Tensor]]
 
 def check_routers(tensors: Mapping[str, Tensor], config: ModConfig, shape: BaseShape, where: str) -> dict[int, Tensor]:
     """Raise ConfigError, naming the tensor, unless `tensors` are exactly the routers `config` asks for."""
-    config.check_fits(shape.num_layers, shape.num_experts)
+    config.check_fits(shape.num_layers, shape.num_experts, shape.dense_layers)
     expected = set() if config.is_static else {router_name(i) for i in config.layers}
     if missing := sorted(expected - set(tensors)):
         raise ConfigError(f"{where}: router tensor {missing[0]} is missing ({len(missing)} in all)")
@@ -125,6 +135,7 @@ def check_routers(tensors: Mapping[str, Tensor], config: ModConfig, shape: BaseS
         if tuple(weight.shape) != (rows, shape.hidden_size):
             raise ConfigError(
                 f"{where}: {name} has shape {list(weight.shape)}, this model needs [{rows}, {shape.hidden_size}]"
+                + (f", a gate for each of its {rows} experts" if config.target == "expert" else "")
                 + ("" if weight.shape[-1] == shape.hidden_size else "; the routers belong to another base model")
             )
         if not weight.is_floating_point():

@@ -6,6 +6,7 @@ Shared by training and serving, so it imports neither vLLM nor torch.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -27,6 +28,11 @@ GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 #: Base architecture (`config.json: architectures`) -> the one a routed checkpoint names.
 ARCHITECTURES: dict[str, str] = {
     "LlamaForCausalLM": "LlamaMoDForCausalLM",
+    "MistralForCausalLM": "MistralMoDForCausalLM",
+    "Qwen2ForCausalLM": "Qwen2MoDForCausalLM",
+    "Qwen3ForCausalLM": "Qwen3MoDForCausalLM",
+    "OlmoeForCausalLM": "OlmoeMoDForCausalLM",
+    "DeepseekForCausalLM": "DeepseekMoDForCausalLM",
 }
 
 
@@ -146,8 +152,13 @@ class ModConfig(_Strict):
         """`logit(threshold)` per entry of `layers`: a sublayer is kept where `w . x >= cutoff`."""
         return tuple(logit(t) for t in self.thresholds)
 
-    def check_fits(self, num_layers: int, num_experts: int | None = None) -> None:
-        """Raise ConfigError if the base model has not what this config routes."""
+    def check_fits(
+        self, num_layers: int, num_experts: int | None = None, dense_layers: Collection[int] = ()
+    ) -> None:  # fmt: skip
+        """Raise ConfigError if the base model has not what this config routes.
+
+        dense_layers: those without experts, of a model that has experts in others.
+        """
         if self.layers[-1] >= num_layers:
             raise ConfigError(
                 f"mod_config: key 'layers': layer {self.layers[-1]} is out of range, "
@@ -156,6 +167,11 @@ class ModConfig(_Strict):
         if self.target == "expert" and not num_experts:
             raise ConfigError(
                 f"mod_config: key 'granularity': {self.granularity!r} needs experts, and this model is dense"
+            )
+        if self.target == "expert" and (dense := sorted(set(self.layers) & set(dense_layers))):
+            raise ConfigError(
+                f"mod_config: key 'layers': {self.granularity!r} needs experts, and layers {dense} of this model have "
+                f"one dense MLP ({num_experts} experts in the others)"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from packaging.version import Version
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from .checkpoint import BaseShape, read_routers
+from .checkpoint import BaseShape, num_experts_of, read_routers
 from .config import ConfigError, EngineKnobs, ModConfig
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ def mod_config(vllm_config: VllmConfig) -> ModConfig:
     if data is None:
         raise ConfigError(f"{where} is missing; architecture {hf_config.architectures} needs it")
     config = ModConfig.parse(data, where)
-    config.check_fits(hf_config.num_hidden_layers, getattr(hf_config, "num_experts", None))
+    shape = BaseShape.of(hf_config.to_dict(), where)
+    config.check_fits(shape.num_layers, shape.num_experts, shape.dense_layers)
     return EngineKnobs.from_additional_config(vllm_config.additional_config).apply(config)
 
 
@@ -110,10 +111,14 @@ def refuse_what_cannot_work(vllm_config: VllmConfig, config: ModConfig) -> None:
         raise ConfigError(f"{granularity} routing cannot be served with context parallelism; drop the -dcp/-pcp flags")
     if parallel.enable_dbo:
         raise ConfigError("routed models cannot be served with dual batch overlap; drop --enable-dbo")
-    if vllm_config.lora_config is not None:
+    if num_experts_of(vllm_config.model_config.hf_text_config.to_dict()) and config.target != "attn":
+        _refuse_for_experts(vllm_config, config)
+    window, max_len = vllm_config.model_config.get_sliding_window(), vllm_config.model_config.max_model_len
+    if packs_kv(config) and window and window < max_len and (sliding := _sliding_layers(vllm_config, config)):
         raise ConfigError(
-            "routed models cannot be served with LoRA adapters yet: vLLM's LoRA kernels index the whole batch, "
-            "and rows that skip are removed from it; drop --enable-lora or merge the adapter"
+            f"{granularity} routing packs the KV of kept tokens, and a sliding window counts true positions: layers "
+            f"{sliding} have a window of {window} tokens, less than max_model_len {max_len}; "
+            f"pass --max-model-len {window}, or route per sequence"
         )
     backend = vllm_config.attention_config.backend
     if backend is not None and backend.name == "FLASHINFER":
@@ -122,12 +127,41 @@ def refuse_what_cannot_work(vllm_config: VllmConfig, config: ModConfig) -> None:
         )
 
 
+def _refuse_for_experts(vllm_config: VllmConfig, config: ModConfig) -> None:
+    parallel = vllm_config.parallel_config
+    if parallel.data_parallel_size > 1:
+        raise ConfigError(
+            f"{config.granularity} routing of a model with experts cannot be served data-parallel: the ranks meet in "
+            "every MoE layer, and would wait for one that skips it; start one server per device"
+        )
+    if config.target == "expert" and parallel.enable_eplb:
+        raise ConfigError("expert_token routing cannot be served with experts that move; drop --enable-eplb")
+    if config.target == "expert" and vllm_config.lora_config is not None:
+        raise ConfigError(
+            "expert_token routing cannot be served with LoRA adapters: their kernels know a row's adapter by its place "
+            "in the batch, and skipped pairs are removed from it; drop --enable-lora or merge the adapter"
+        )
+
+
+def packs_kv(config: ModConfig) -> bool:
+    return config.level == "token" and config.target in ("attn", "block")
+
+
+def _sliding_layers(vllm_config: VllmConfig, config: ModConfig) -> list[int]:
+    """Routed layers with a sliding window, of a model that has one."""
+    types = getattr(vllm_config.model_config.hf_text_config, "layer_types", None) or ()
+    if "sliding_attention" not in types:  # vLLM applies it to all layers
+        return list(config.layers)
+    return [i for i in config.layers if types[i] == "sliding_attention"]
+
+
 def make_settings(vllm_config: VllmConfig, config: ModConfig) -> None:
     """Set what the granularity needs, one log line for each change."""
+    from vllm.platforms import current_platform
+
     cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
     max_len = vllm_config.model_config.max_model_len
-    packs_kv = config.level == "token" and config.target in ("attn", "block")
-    if (config.level == "sequence" or packs_kv) and cache.enable_prefix_caching:
+    if (config.level == "sequence" or packs_kv(config)) and cache.enable_prefix_caching:
         why = "a decision needs its whole prompt" if config.level == "sequence" else "packed KV cannot be shared"
         logger.info("%s: prefix caching off (%s)", config.granularity, why)
         cache.enable_prefix_caching = False
@@ -137,11 +171,22 @@ def make_settings(vllm_config: VllmConfig, config: ModConfig) -> None:
         scheduler.enable_chunked_prefill = False
         scheduler.long_prefill_token_threshold = 0
         if scheduler.max_num_batched_tokens < max_len:
-            logger.info("%s: max_num_batched_tokens %d (a prompt is prefilled in one step)", config.granularity, max_len)
+            logger.info(
+                "%s: max_num_batched_tokens %d (a prompt is prefilled in one step)", config.granularity, max_len
+            )
             scheduler.max_num_batched_tokens = max_len
-    if config.level == "sequence" or packs_kv:
+    if config.level == "sequence" or packs_kv(config):
         # One KV-cache group, so that the first block of a row names its request for as long as it runs.
         scheduler.disable_hybrid_kv_cache_manager = True
+    if vllm_config.lora_config is not None:
+        logger.info(
+            "%s: with LoRA, linears run on the whole batch (skipped rows save attention and KV only)",
+            config.granularity,
+        )
+    kernels = vllm_config.kernel_config
+    if config.target == "expert" and kernels.moe_backend == "auto" and not current_platform.is_cpu():
+        logger.info("expert_token: MoE backend triton (experts are chosen outside its kernel)")
+        kernels.moe_backend = "triton"
     if vllm_config.kv_transfer_config is None:
         vllm_config.kv_transfer_config = _channel()
     _set_compilation(vllm_config)

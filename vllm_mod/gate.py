@@ -21,6 +21,17 @@ def token_scores(x: Tensor, weight: Tensor) -> Tensor:
     return (x.float() * weight.float().view(-1)).sum(-1)
 
 
+def pair_scores(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
+    """`w_e . x` in float32 of every (token, expert) pair that the model's own top-k selected.
+
+    x: `[N, hidden]`, the MoE layer's input after its norm. weight: `[num_experts, hidden]`. experts: int `[N, K]`.
+    Returns `[N, K]`.
+    """
+    weight = weight.float()
+    # One of the K places at a time: K times the hidden states would not fit.
+    return torch.stack([(x.float() * weight[place.long()]).sum(-1) for place in experts.unbind(-1)], dim=-1)
+
+
 def segment_means(scores: Tensor, lengths: Tensor) -> Tensor:
     """Mean of each consecutive segment of `scores` `[N]`, in float64: the score of a sequence.
 

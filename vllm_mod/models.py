@@ -7,20 +7,22 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from vllm import ModelRegistry
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from .batch import batch_backend
 from .checkpoint import BaseShape, check_routers, router_name
-from .config import ConfigError, ModConfig
+from .config import ARCHITECTURES, ConfigError, ModConfig
 from .engine import mod_config, reclaims_kv
-from .kv.attention import share_pages
+from .experts import route_experts
+from .kv.attention import allocate_whole_rows, share_pages
 from .routing import Route, Router, Routing
 from .sublayers import Skipped, route_attention, route_mlp
 
-_SUBLAYERS = {"attn": ("self_attn",), "mlp": ("mlp",), "block": ("self_attn", "mlp")}
+_SUBLAYERS = {"attn": ("self_attn",), "mlp": ("mlp",), "block": ("self_attn", "mlp"), "expert": ("mlp",)}
 
 
 class MoDModel(nn.Module):
@@ -33,19 +35,27 @@ class MoDModel(nn.Module):
         layers = self._layers_to_change()
         if self.mod_config.is_static:
             for layer in layers.values():
-                _drop(layer, self.mod_config, forward_context)
+                _drop(layer, self.mod_config, vllm_config.compilation_config)
+            if hasattr(self, "set_moe_parameters"):  # it listed the MoE layers before some were dropped
+                self.set_moe_parameters()  # type: ignore[operator]
             return
         self.routing = Routing(self.mod_config)
-        _install(layers, self.mod_config, self.routing, self.config.hidden_size, forward_context)  # type: ignore[arg-type]
+        self.routing.whole_batch_linears = vllm_config.lora_config is not None
+        shape = BaseShape.of(self.config.to_dict(), "config.json")  # type: ignore[union-attr, operator]
+        _install(layers, self.mod_config, self.routing, shape, forward_context)
         if self.mod_config.level == "sequence" and self.mod_config.target != "mlp" and reclaims_kv(vllm_config):
             self.routing.paged_layers = share_pages(self, vllm_config)
+        if self.routing.state is not None:
+            allocate_whole_rows(self)
         for module in self.modules():
             if isinstance(module, Attention):
                 module.attn_backend = batch_backend(module.attn_backend)
 
     def _layers_to_change(self) -> dict[int, nn.Module]:
         """Routed layers that live on this pipeline rank; ConfigError if the architecture is of another kind."""
-        layers: Any = self.model.layers  # type: ignore[union-attr]
+        layers: Any = getattr(getattr(self, "model", None), "layers", None)
+        if layers is None:
+            raise ConfigError(f"{type(self).__name__}: there are no decoder layers at model.layers")
         mine = {i: layers[i] for i in self.mod_config.layers if not isinstance(layers[i], PPMissingLayer)}
         for layer in mine.values():
             for name in ("self_attn", "mlp"):
@@ -74,7 +84,7 @@ class MoDModel(nn.Module):
         loaded = super().load_weights(selected())  # type: ignore[misc]
         shape = BaseShape.of(self.config.to_dict(), "config.json")  # type: ignore[union-attr, operator]
         for layer, weight in check_routers(routers, config, shape, "checkpoint").items():
-            module = self.model.layers[layer]  # type: ignore[union-attr, index]
+            module: Any = self.model.layers[layer]  # type: ignore[union-attr, index]
             if not isinstance(module, PPMissingLayer):
                 module.router.weight.data.copy_(weight)
                 loaded.add(router_name(layer))
@@ -82,31 +92,42 @@ class MoDModel(nn.Module):
 
 
 def _install(
-    layers: dict[int, nn.Module], config: ModConfig, routing: Routing, hidden: int, forward_context: dict[str, Any]
+    layers: dict[int, nn.Module], config: ModConfig, routing: Routing, shape: BaseShape, forward_context: dict[str, Any]
 ) -> None:
     for column, (index, cutoff) in enumerate(zip(config.layers, config.cutoffs, strict=True)):
         if index not in layers:
             continue
         layer = layers[index]
-        layer.router = Router(hidden)
+        routing.columns.append(column)
+        rows = (shape.num_experts or 0) if config.target == "expert" else 1
+        layer.router = Router(shape.hidden_size, rows)
         route = Route(index, column, layer.router, cutoff, routing)
         for name in _SUBLAYERS[config.target]:
-            turn = route_attention if name == "self_attn" else route_mlp
+            turn = route_attention if name == "self_attn" else route_experts if config.target == "expert" else route_mlp
             turn(getattr(layer, name), f"model.layers.{index}.{name}", route, forward_context)
 
 
-def _drop(layer: nn.Module, config: ModConfig, forward_context: dict[str, Any]) -> None:
+def _drop(layer: nn.Module, config: ModConfig, compilation: Any) -> None:
     for name in _SUBLAYERS[config.target]:
         for module in getattr(layer, name).modules():
-            if isinstance(module, Attention):
-                del forward_context[module.layer_name]  # so that no KV cache is made for it
+            if isinstance(module, Attention | MoERunner):
+                # So that no KV cache is made for it and its experts are not kept.
+                del compilation.static_forward_context[module.layer_name]
+            if isinstance(module, MoERunner):
+                compilation.static_all_moe_layers.remove(module.layer_name)
         setattr(layer, name, Skipped())
 
 
 def _is_dropped(weight: str, config: ModConfig) -> bool:
     match = re.match(r"model\.layers\.(\d+)\.(\w+)\.", weight)
-    return bool(match) and int(match[1]) in config.layers and match[2] in _SUBLAYERS[config.target]
+    return match is not None and int(match[1]) in config.layers and match[2] in _SUBLAYERS[config.target]
 
 
-class LlamaMoDForCausalLM(MoDModel, LlamaForCausalLM):
-    pass
+def __getattr__(name: str) -> type:
+    """`LlamaMoDForCausalLM` and the like, made when vLLM imports them: a row of `ARCHITECTURES` is all they need."""
+    base = next((base for base, routed in ARCHITECTURES.items() if routed == name), None)
+    if base is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    stock = ModelRegistry.models[base].load_model_cls()
+    globals()[name] = type(name, (MoDModel, stock), {"__module__": __name__})
+    return globals()[name]

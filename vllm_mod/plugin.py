@@ -12,8 +12,10 @@ def register_models() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
+    from .deepseek import register_config
     from .engine import MoDEngineConfig
 
+    register_config()
     for base, routed in ARCHITECTURES.items():
         ModelRegistry.register_model(routed, f"vllm_mod.models:{routed}")
         # No registration call exists for these hooks in vLLM 0.32; the map is what vLLM's own models use.

@@ -24,11 +24,11 @@ Kept = Subset | str
 
 
 class Router(nn.Module):
-    """The gate's weight, `[1, hidden]`, float32 whatever the model's dtype."""
+    """The gate's weight, `[1 or num_experts, hidden]`, float32 whatever the model's dtype."""
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, rows: int = 1) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1, hidden_size, dtype=torch.float32), requires_grad=False)
+        self.weight = nn.Parameter(torch.zeros(rows, hidden_size, dtype=torch.float32), requires_grad=False)
 
 
 class Routing:
@@ -37,6 +37,10 @@ class Routing:
     def __init__(self, config: ModConfig) -> None:
         self.config = config
         self.batch: Batch | None = None
+        #: positions in `config.layers` of the layers on this pipeline rank
+        self.columns: list[int] = []
+        #: LoRA kernels know a row's adapter by its place in the batch: no row may be taken out before a linear
+        self.whole_batch_linears = False
         #: attention layers that share pages, in table order; None with vLLM's own allocation
         self.paged_layers: list[str] | None = None
         self.counts = RoutingCounts(config.layers)
@@ -75,8 +79,10 @@ class Routing:
             self.batch = None
         if isinstance(self.state, SequenceDecisions):
             decided = self.state.keep[self.state.undecided]
-            self.counts.add_all(decided.sum(0).tolist(), len(decided))
-            if channel is not None:
+            for column, kept in enumerate(decided.sum(0).tolist()):
+                if column in self.columns:
+                    self.counts.add(self.config.layers[column], kept, len(decided))
+            if channel is not None and self.paged_layers is not None:
                 channel.publish(self.state.new_requests, decided)
 
 
@@ -107,6 +113,8 @@ class Route:
         """Rows of `x` `[>= N, hidden]` that keep this layer's sublayer."""
         batch, config = self.routing.batch, self.routing.config
         assert batch is not None
+        if config.target == "expert":
+            return ALL  # its experts decide, see `experts`
         if config.target == "block" and not with_attention:
             assert self._decided is not None and self._decided[0] is batch, "a block's attention runs before its MLP"
             return self._decided[1]

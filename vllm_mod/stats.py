@@ -24,11 +24,6 @@ class RoutingCounts:
         self._kept[layer] += kept
         self._routed[layer] += routed
 
-    def add_all(self, kept: Sequence[int], routed: int) -> None:
-        """One entry per routed layer."""
-        for layer, number in zip(self._layers, kept, strict=True):
-            self.add(layer, number, routed)
-
     def take(self) -> MoDStats | None:
         """The counts, which start again at zero; None if nothing was routed."""
         if not any(self._routed.values()):
@@ -44,48 +39,81 @@ class RoutingCounts:
 
 @dataclass
 class MoDStats(KVConnectorStats):
-    """`data`: `{"kept": {layer: n}, "routed": {layer: n}}`."""
+    """`data` is sums, so that reports of workers, scheduler and steps add up:
+
+    - `kept`, `routed`: `{layer: n}`
+    - `kv`: `pages_freed` early, `messages_ignored`; `bytes` held and `tokens` they are for, summed over reports
+    """
+
+    KEYS = ("kept", "routed", "kv")
 
     def __post_init__(self) -> None:
-        for key in ("kept", "routed"):
+        for key in self.KEYS:
             self.data.setdefault(key, {})
 
     def reset(self) -> None:
-        self.data = {"kept": {}, "routed": {}}
+        self.data: dict[str, Any] = {}
+        self.__post_init__()
 
     def is_empty(self) -> bool:
-        return not self.data["routed"]
+        return not any(self.data.values())
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         for key, counts in other.data.items():
             mine = self.data.setdefault(key, {})
-            for layer, number in counts.items():
-                mine[layer] = mine.get(layer, 0) + number
+            for label, number in counts.items():
+                mine[label] = mine.get(label, 0) + number
         return self
 
-    def reduce(self) -> dict[str, int | float]:
-        kept, routed = self.data["kept"], self.data["routed"]
-        result: dict[str, int | float] = {"MoD kept ratio": round(sum(kept.values()) / max(sum(routed.values()), 1), 3)}
-        for layer in sorted(routed, key=int):
-            result[f"layer {layer}"] = round(kept.get(layer, 0) / routed[layer], 3)
-        return result
+    def reduce(self) -> dict[str, int | float | str]:
+        """What vLLM's periodic log line shows; only what there is to say."""
+        kept, routed, kv = (self.data[key] for key in self.KEYS)
+        line: dict[str, int | float | str] = {}
+        if routed:
+            line["MoD kept"] = f"{sum(kept.values()) / sum(routed.values()):.1%}"
+            ratios = (f"{layer}:{kept.get(layer, 0) / routed[layer]:.0%}" for layer in sorted(routed, key=int))
+            line["MoD kept per layer"] = " ".join(ratios)
+        if kv:
+            line["KV pages freed early"] = kv.get("pages_freed", 0)
+            line["late decisions ignored"] = kv.get("messages_ignored", 0)
+        if kv.get("tokens"):
+            line["KV bytes per token"] = round(kv["bytes"] / kv["tokens"])
+        return line
 
 
 class MoDPromMetrics(KVConnectorPromMetrics):
-    """Counters `vllm:mod_kept_total` and `vllm:mod_routed_total` per routed layer."""
+    """`vllm:mod_kept_total` and `vllm:mod_routed_total` per routed layer, and what became of the KV pages."""
 
     def __init__(self, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        labels = [*labelnames, "layer"]
-        self._counters = {
-            key: self._counter_cls(name=f"vllm:mod_{key}", documentation=text, labelnames=labels)
+        self._per_layer = {
+            key: self._counter_cls(name=f"vllm:mod_{key}", documentation=text, labelnames=[*labelnames, "layer"])
             for key, text in {
                 "kept": "Routed sublayer executions: (request, layer) or (token, layer) pairs that were kept.",
                 "routed": "Routing decisions: (request, layer) or (token, layer) pairs.",
             }.items()
         }
+        self._of_kv = {
+            key: self._counter_cls(name=f"vllm:mod_{name}", documentation=text, labelnames=labelnames)
+            for key, name, text in (
+                ("pages_freed", "kv_pages_freed", "KV pages of skipped layers given back while their request runs."),
+                ("messages_ignored", "messages_ignored", "Decisions that arrived after their request had ended."),
+            )
+        }
+        self._bytes_per_token = self._gauge_cls(
+            name="vllm:mod_kv_bytes_per_token",
+            documentation="KV-cache bytes held per token slot of the running requests, when last they changed.",
+            labelnames=labelnames,
+            multiprocess_mode="mostrecent",
+        )
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
-        for key, counter in self._counters.items():
+        labels = self.per_engine_labelvalues[engine_idx]
+        for key, counter in self._per_layer.items():
             for layer, number in transfer_stats_data.get(key, {}).items():
-                counter.labels(*self.per_engine_labelvalues[engine_idx], layer).inc(number)
+                counter.labels(*labels, layer).inc(number)
+        kv = transfer_stats_data.get("kv", {})
+        for key, counter in self._of_kv.items():
+            counter.labels(*labels).inc(kv.get(key, 0))  # shown from the first report on, be it 0
+        if kv.get("tokens"):
+            self._bytes_per_token.labels(*labels).set(kv["bytes"] / kv["tokens"])

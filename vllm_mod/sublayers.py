@@ -8,6 +8,8 @@ and the row count may change inside.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from vllm.utils.torch_utils import (
     direct_register_custom_op,
 )
 
-from .batch import attending
+from .batch import Subset, attending
 from .config import ConfigError
 from .routing import ALL, NONE, Route
 
@@ -68,15 +70,21 @@ class _Routed:
         else:
             output.zero_()
             if not isinstance(kept, str):
-                rows = [i[kept.tokens] for i in inputs]
-                output[kept.tokens] = self.subset_forward(kept, *rows)  # type: ignore[attr-defined]
+                output[kept.tokens] = self._kept_rows(kept, *inputs)
         if self.reduce_after:
             # Only now, on all rows: ranks can never wait for each other, whatever each of them kept.
             output.copy_(tensor_model_parallel_all_reduce(output))
 
+    def _kept_rows(self, kept: Subset, *inputs: Tensor) -> Tensor:
+        """The sublayer's output on `kept.tokens`."""
+        if self.route.routing.whole_batch_linears:
+            return self.masked_forward(kept, *inputs)[kept.tokens]  # type: ignore[attr-defined]
+        return self.subset_forward(kept, *(i[kept.tokens] for i in inputs))  # type: ignore[attr-defined]
+
 
 class _RoutedAttention(_Routed):
     with_attention = True
+    kv_module: list[Attention]  #: in a list: the module has its parent already
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         output = torch.empty_like(hidden_states)
@@ -86,10 +94,15 @@ class _RoutedAttention(_Routed):
     def stock_forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         return self.Stock.forward(self, positions=positions, hidden_states=hidden_states)  # type: ignore[arg-type]
 
-    def subset_forward(self, kept: Any, positions: Tensor, hidden_states: Tensor) -> Tensor:
+    def subset_forward(self, kept: Subset, positions: Tensor, hidden_states: Tensor) -> Tensor:
         assert self.route.kv_layer is not None
         with attending(get_forward_context(), self.route.kv_layer, kept):
             return self.stock_forward(positions, hidden_states)
+
+    def masked_forward(self, kept: Subset, positions: Tensor, hidden_states: Tensor) -> Tensor:
+        """Linears on the whole batch, only the attention between them on the kept rows."""
+        with _on_rows(self.kv_module[0], kept.tokens):
+            return self.subset_forward(kept, positions, hidden_states)
 
 
 class _RoutedMLP(_Routed):
@@ -103,13 +116,41 @@ class _RoutedMLP(_Routed):
     def stock_forward(self, x: Tensor) -> Tensor:
         return self.Stock.forward(self, x)  # type: ignore[arg-type]
 
-    def subset_forward(self, kept: Any, x: Tensor) -> Tensor:
+    def subset_forward(self, kept: Subset, x: Tensor) -> Tensor:
         return self.stock_forward(x)
+
+    masked_forward = subset_forward
+
+
+@contextmanager
+def _on_rows(attention: Attention, tokens: Tensor) -> Iterator[None]:
+    """Meanwhile `attention` gets only these rows of q, k and v; its output is zero elsewhere."""
+    number = 0
+
+    def narrow(_: nn.Module, qkv: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        nonlocal number
+        number = len(qkv[0])
+        return tuple(t[tokens] for t in qkv)
+
+    def widen(_: nn.Module, qkv: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output.new_zeros(number, output.shape[-1]).index_copy_(0, tokens, output)
+
+    hooks = attention.register_forward_pre_hook(narrow), attention.register_forward_hook(widen)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @functools.cache
 def _routed_class(kind: type, stock: type) -> type:
     return type(f"Routed{stock.__name__}", (kind, stock), {"Stock": stock})
+
+
+def swap_class(module: nn.Module, kind: type) -> None:
+    """Put `kind` before the class that `module` was built as."""
+    module.__class__ = _routed_class(kind, type(module))
 
 
 def route_attention(module: nn.Module, name: str, route: Route, forward_context: dict[str, Any]) -> None:
@@ -118,7 +159,7 @@ def route_attention(module: nn.Module, name: str, route: Route, forward_context:
     if len(kv_layers) != 1:
         raise ConfigError(f"{name}: {type(module).__name__} has {len(kv_layers)} attention layers, one is needed")
     _route(module, _RoutedAttention, name, route, forward_context)
-    route.kv_layer = kv_layers[0].layer_name
+    route.kv_layer, module.kv_module = kv_layers[0].layer_name, kv_layers  # type: ignore[assignment]
 
 
 def route_mlp(module: nn.Module, name: str, route: Route, forward_context: dict[str, Any]) -> None:
@@ -126,7 +167,7 @@ def route_mlp(module: nn.Module, name: str, route: Route, forward_context: dict[
 
 
 def _route(module: nn.Module, kind: type, name: str, route: Route, forward_context: dict[str, Any]) -> None:
-    module.__class__ = _routed_class(kind, type(module))
+    swap_class(module, kind)
     module.name, module.route = name, route  # type: ignore[assignment]
     module.reduce_after = _take_out_all_reduce(module)  # type: ignore[assignment]
     forward_context[name] = module

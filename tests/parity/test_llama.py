@@ -7,7 +7,16 @@ import torch
 
 from tests.support.models import routed_checkpoint
 
-from .harness import Answer, assert_equals_reference, assert_same, counter, engine, generate, random_prompts, runner_model
+from .harness import (
+    Answer,
+    assert_equals_reference,
+    assert_same,
+    counter,
+    engine,
+    generate,
+    random_prompts,
+    runner_model,
+)
 
 LAYERS = [1, 2, 4, 5, 6]
 LENGTHS = (3, 17, 40, 1, 70, 33, 64, 128)
@@ -60,7 +69,9 @@ def test_threshold_0_is_stock_and_1_is_static(
 ) -> None:
     checkpoint = _checkpoint(base, tmp_path, granularity)
     static = granularity.split("_")[0] + "_static"
-    keep, skip = ({"threshold": 0}, {"threshold": 1}) if "token" in granularity else ({"force": "keep"}, {"force": "skip"})
+    keep, skip = (
+        ({"threshold": 0}, {"threshold": 1}) if "token" in granularity else ({"force": "keep"}, {"force": "skip"})
+    )
     for mod, same in ((keep, "stock"), (skip, static)):
         with engine(checkpoint, mod) as llm:
             assert_same(plain_answers[same], generate(llm, random_prompts(PLAIN_LENGTHS)))

@@ -93,7 +93,11 @@ def test_more_requests_fit(long_base: Path, tmp_path: Path) -> None:
     thresholds = [1.0, 1.0]  # two of eight layers
     checkpoint = routed_checkpoint(long_base, tmp_path / "c", "attn_sequence", [3, 5], threshold=thresholds)
     peak = {}
-    for name, path, mod in (("stock", long_base, None), ("keep", checkpoint, {"force": "keep"}), ("mod", checkpoint, {})):
+    for name, path, mod in (
+        ("stock", long_base, None),
+        ("keep", checkpoint, {"force": "keep"}),
+        ("mod", checkpoint, {}),
+    ):
         with engine(path, mod, kv_cache_memory_bytes=48 * TOKEN_BLOCK, max_num_seqs=64) as llm:
             running, schedule = [], scheduler(llm).schedule
 

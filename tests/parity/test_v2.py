@@ -9,14 +9,33 @@ import pytest
 
 from tests.support.v2 import v2_environment
 
-SELECTED = "test_mixed_batch or (test_preemption and (attn_sequence or attn_token))"
+#: Files, and which of their tests: all granularities of Llama, one more dense architecture and one with experts.
+SELECTED = {
+    ("test_llama.py", "test_scale.py"): (
+        "test_mixed_batch or (test_preemption and (attn_sequence or attn_token)) or test_a_few_requests"
+    ),
+    ("test_dense.py",): "test_parity and qwen3 and not static",
+    ("test_moe.py",): "test_parity and deepseek and not static",
+}
 
 
 @pytest.mark.v2
-def test_parity_at_model_runner_v2() -> None:
+@pytest.mark.parametrize("files", SELECTED, ids=lambda files: files[0])
+def test_parity_at_model_runner_v2(files: tuple[str, ...]) -> None:
     here = Path(__file__).parent
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(here / "test_llama.py"), "-k", SELECTED],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            *(str(here / file) for file in files),
+            "-k",
+            SELECTED[files],
+        ],
         env=os.environ | v2_environment(),
         cwd=here.parent.parent,
         capture_output=True,

@@ -37,13 +37,22 @@ def byte_tokenizer() -> Any:
 
 
 def tiny_llama(path: Path, *, seed: int = 0, **overrides: Any) -> Path:
-    """Write a random-weight Llama with its tokenizer: GQA, a head size of its own, float32.
+    """A random-weight Llama: GQA, a head size of its own, float32."""
+    return tiny_model(path, "llama", seed=seed, **overrides)
+
+
+def tiny_model(path: Path, model_type: str, *, seed: int = 0, **overrides: Any) -> Path:
+    """Write a random-weight model with its tokenizer.
 
     Its weights are large enough that greedy answers differ from prompt to prompt and do not repeat one token, and
-    small enough that the softmax is not saturated. `overrides` are fields of LlamaConfig.
+    small enough that the softmax is not saturated. `overrides` are fields of its config; None leaves one out.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    if model_type == "deepseek":
+        from training.deepseek import register
+
+        register()
     tokenizer = byte_tokenizer()
     settings = {
         "vocab_size": len(tokenizer),
@@ -61,20 +70,25 @@ def tiny_llama(path: Path, *, seed: int = 0, **overrides: Any) -> Path:
         "tie_word_embeddings": False,
         "dtype": "float32",
     }
+    settings = {key: value for key, value in (settings | overrides).items() if value is not None}
     torch.manual_seed(seed)
-    LlamaForCausalLM(LlamaConfig(**(settings | overrides))).save_pretrained(path)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):  # zero as made: a bias that is lost would go unnoticed
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
 
 def random_routers(
-    config: ModConfig, hidden_size: int, *, seed: int = 0, scale: float = 1.0
+    config: ModConfig, hidden_size: int, *, rows: int = 1, seed: int = 0, scale: float = 1.0
 ) -> dict[int, torch.Tensor]:
     """Routers whose decisions differ between requests (and tokens); none for a static granularity."""
     if config.is_static:
         return {}
     generator = torch.Generator().manual_seed(seed)
-    return {layer: scale * torch.randn(1, hidden_size, generator=generator) for layer in config.layers}
+    return {layer: scale * torch.randn(rows, hidden_size, generator=generator) for layer in config.layers}
 
 
 def routed_checkpoint(
@@ -83,7 +97,8 @@ def routed_checkpoint(
     """`base` with random routers in front of `layers`; `config` are further keys of `mod_config`."""
     mod = ModConfig.parse({"version": 1, "granularity": granularity, "layers": list(layers), **config}, "test")
     shape = BaseShape.of(read_json(base / "config.json"), str(base))
-    return write_checkpoint(base, output, mod, random_routers(mod, shape.hidden_size, seed=seed))
+    rows = (shape.num_experts or 0) if mod.target == "expert" else 1
+    return write_checkpoint(base, output, mod, random_routers(mod, shape.hidden_size, rows=rows, seed=seed))
 
 
 def edit_json(path: Path, **changes: Any) -> None:

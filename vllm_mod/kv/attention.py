@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.attention import unified_attention_with_output, unified_kv_cache_update
 from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, direct_register_custom_op
-from vllm.v1.kv_cache_interface import get_kv_quant_mode
+from vllm.v1.kv_cache_interface import FullAttentionSpec, get_kv_quant_mode
 
 from .pages import PageSpec
 
@@ -89,3 +89,27 @@ def share_pages(model: nn.Module, vllm_config: VllmConfig) -> list[str] | None:
         if layer is not layers[0]:
             layer.kv_sharing_target_layer_name = layers[0].layer_name
     return [layer.layer_name for layer in layers]
+
+
+class WholeRowAttention(Attention):
+    """Sliding-window `Attention` that keeps the pages which fall out of its window.
+
+    vLLM would give them to other requests, the first one of a row included, by which workers know a request.
+    """
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> FullAttentionSpec:
+        return FullAttentionSpec(
+            block_size=vllm_config.cache_config.block_size,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            head_size_v=self.head_size_v,
+            dtype=self.kv_cache_torch_dtype,
+            kv_quant_mode=get_kv_quant_mode(self.kv_cache_dtype),
+        )
+
+
+def allocate_whole_rows(model: nn.Module) -> None:
+    """For models whose requests have routing state; the kernels go on to look no further back than the window."""
+    for module in model.modules():
+        if type(module) is Attention and module.sliding_window is not None:
+            module.__class__ = WholeRowAttention

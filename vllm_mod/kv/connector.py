@@ -57,6 +57,7 @@ class MoDConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         self._prompt_lengths: dict[str, int] = {}  # scheduler: live requests
         self.messages_ignored = 0  # scheduler: about requests that have ended since
+        self._reported: dict[str, int] = {}  # scheduler: totals at the last report of statistics
         self._routing: Routing | None = None  # worker: the model's
         self._outbox: dict[str, tuple[int, ...]] = {}  # worker
 
@@ -95,6 +96,19 @@ class MoDConnector(KVConnectorBase_V1, SupportsHMA):
             self._manager.forget(request.request_id)
         return False, None
 
+    def _scheduler_stats(self) -> MoDStats | None:
+        """What has changed since the last report; the worker's counts are added to it by the scheduler."""
+        totals = {"messages_ignored": self.messages_ignored}
+        if paged := isinstance(self._manager, PageManager):
+            totals |= {"pages_freed": self._manager.pages_released, "token_slots": self._manager.token_slots}
+        if totals == self._reported:
+            return None
+        before, self._reported = self._reported, totals
+        kv = {key: totals[key] - before.get(key, 0) for key in totals if key != "token_slots"}
+        if paged:
+            kv |= {"bytes": self._manager.bytes_held, "tokens": self._manager.token_slots}
+        return MoDStats(data={"kv": kv})
+
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
         return 0, False
 
@@ -131,6 +145,8 @@ class MoDConnector(KVConnectorBase_V1, SupportsHMA):
         return None, None
 
     def get_kv_connector_stats(self) -> MoDStats | None:
+        if self.role is KVConnectorRole.SCHEDULER:
+            return self._scheduler_stats()
         if self._routing is None or get_tensor_model_parallel_rank() > 0:  # tensor-parallel ranks count the same
             return None
         return self._routing.counts.take()

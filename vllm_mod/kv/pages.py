@@ -29,6 +29,12 @@ class PageManager(FullAttentionManager):
         self._num_layers = kv_cache_spec.num_layers
         self._skipped: dict[str, frozenset[int]] = {}  # survives a preemption, ends with the request
         self.pages_released = 0
+        self.token_slots = 0  #: of all requests, in any layer; `block_size` per row of L entries
+
+    @property
+    def bytes_held(self) -> int:
+        pool = self.block_pool
+        return (pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()) * self.kv_cache_spec.page_size_bytes
 
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
         held = len(self.req_to_blocks.get(request_id, ()))
@@ -59,6 +65,7 @@ class PageManager(FullAttentionManager):
                 for layer in range(self._num_layers)
             ]
         blocks.extend(new)
+        self.token_slots += (last - first) * self.block_size
         return new
 
     def skip_layers(self, request_id: str, layers: Collection[int]) -> int:
@@ -71,6 +78,8 @@ class PageManager(FullAttentionManager):
             if self._skipped[request_id] != frozenset(layers):
                 raise RuntimeError(f"request {request_id}: its routing decision changed, from another rank or in time")
             return 0
+        if not all(0 <= layer < self._num_layers for layer in layers):
+            raise RuntimeError(f"request {request_id} skips layers {layers}, and there are {self._num_layers} of them")
         self._skipped[request_id] = frozenset(layers)
         blocks, freed = self.req_to_blocks.get(request_id, []), []
         for row in range(0, len(blocks), self._num_layers):
@@ -86,7 +95,9 @@ class PageManager(FullAttentionManager):
         self._skipped.pop(request_id, None)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        return [page for page in super().pop_blocks_for_free(request_id) if not page.is_null]
+        blocks = super().pop_blocks_for_free(request_id)
+        self.token_slots -= len(blocks) // self._num_layers * self.block_size
+        return [page for page in blocks if not page.is_null]
 
     def cache_blocks(self, *args: Any, **kwargs: Any) -> None:
         """Prefix caching is off: a decision needs its whole prompt."""

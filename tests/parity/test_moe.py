@@ -1,0 +1,130 @@
+"""Every granularity of the architectures with experts against the float32 reference."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.models import routed_checkpoint, tiny_model
+
+from .harness import Answer, assert_equals_reference, assert_same, engine, generate, random_prompts, runner_model
+
+LAYERS = [1, 2, 3]
+LENGTHS = (3, 40, 1, 70, 33, 100)
+DYNAMIC = [
+    "attn_token",
+    "attn_sequence",
+    "mlp_token",
+    "mlp_sequence",
+    "block_token",
+    "block_sequence",
+    "expert_token",
+]
+GRANULARITIES = [*DYNAMIC, "attn_static", "mlp_static", "block_static"]
+SHAPES: dict[str, dict[str, Any]] = {
+    "olmoe": {
+        "hidden_size": 128,
+        "head_dim": None,
+        "num_key_value_heads": 4,
+        "intermediate_size": 64,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "deepseek": {
+        "hidden_size": 128,
+        "head_dim": None,
+        "num_key_value_heads": 2,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 64,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 3,
+    },
+}
+
+
+def _checkpoint(tmp_path: Path, model: str, granularity: str, **config: Any) -> Path:
+    base = tiny_model(tmp_path / "base", model, num_hidden_layers=5, **SHAPES[model])
+    return routed_checkpoint(base, tmp_path / "routed", granularity, LAYERS, **config)
+
+
+def _generate(checkpoint: Path, mod: dict[str, Any] | None = None) -> list[Answer]:
+    with engine(checkpoint, mod) as llm:
+        return generate(llm, random_prompts((5, 40, 90)), 12)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("model", SHAPES)
+def test_parity(tmp_path: Path, model: str, granularity: str) -> None:
+    checkpoint = _checkpoint(tmp_path, model, granularity)
+    prompts = random_prompts(LENGTHS)
+    with engine(checkpoint, max_num_batched_tokens=64) as llm:
+        assert type(runner_model(llm)).__name__.endswith("MoDForCausalLM")
+        first = generate(llm, prompts, 16)
+        alone = [generate(llm, [p], 16)[0] for p in prompts[:3]]
+    decisions = assert_equals_reference(checkpoint, prompts, first)
+    assert_same(first[:3], alone)  # neighbours do not matter
+    if granularity in DYNAMIC:  # the test means something only where requests disagree
+        kept = torch.cat([d[layer].flatten() for d in decisions for layer in LAYERS])
+        assert 0 < kept.float().mean() < 1
+
+
+@pytest.mark.parametrize("model", SHAPES)
+def test_skipped_pairs_are_not_computed(tmp_path: Path, model: str) -> None:
+    """The rows that reach the fused kernel are the kept (token, expert) pairs, and the counters say so."""
+    checkpoint = _checkpoint(tmp_path, model, "expert_token")
+    prompts, rows = random_prompts((20, 30, 40)), dict.fromkeys(range(5), 0)
+    places = SHAPES[model]["num_experts_per_tok"]
+    with engine(checkpoint) as llm:
+        counts = runner_model(llm).routing.counts
+        take, counts.take = counts.take, lambda: None  # nothing is reported meanwhile
+        for index, layer in enumerate(runner_model(llm).model.layers):
+            if not hasattr(layer.mlp, "experts"):
+                continue
+            method = layer.mlp.experts.routed_experts.quant_method
+            apply = method.apply
+
+            def count(*args: Any, index: int = index, apply: Any = apply, **kwargs: Any) -> Any:
+                rows[index] += kwargs["topk_ids"].numel()
+                return apply(*args, **kwargs)
+
+            method.apply = count
+        answers = generate(llm, prompts, 2)
+        stats = take()
+    decisions = assert_equals_reference(checkpoint, prompts, answers)
+    fed = sum(len(p) + 1 for p in prompts)  # the last token of an answer is never fed back
+    for index in LAYERS:
+        kept = sum(int(d[index][0, : len(p) + 1].sum()) for d, p in zip(decisions, prompts, strict=True))
+        assert 0 < kept < fed * places
+        assert rows[index] == kept, f"layer {index}"
+        assert stats.data["kept"][str(index)] == kept
+        assert stats.data["routed"][str(index)] == fed * places
+    assert rows[4] == fed * places
+
+
+@pytest.mark.parametrize("model", SHAPES)
+def test_experts_at_the_ends_of_the_threshold(tmp_path: Path, model: str) -> None:
+    """0 is the stock model; at 1 no routed expert runs, shared experts still do."""
+    checkpoint = _checkpoint(tmp_path, model, "expert_token")
+    assert_same(_generate(tmp_path / "base"), _generate(checkpoint, {"threshold": 0}))
+    answers = _generate(checkpoint, {"threshold": 1})
+    skipping = routed_checkpoint(tmp_path / "base", tmp_path / "skipping", "expert_token", LAYERS, threshold=1.0)
+    assert_equals_reference(skipping, random_prompts((5, 40, 90)), answers)
+    if model == "olmoe":  # without shared experts nothing is left of the MLP
+        static = routed_checkpoint(tmp_path / "base", tmp_path / "static", "mlp_static", LAYERS)
+        assert_same(answers, _generate(static))
+
+
+@pytest.mark.parametrize("model", SHAPES)
+def test_under_torch_compile(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU the compiler traces into stock MoE layers; the number of kept pairs must stay out of its sight."""
+    from vllm.config.compilation import CompilationMode
+
+    monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")  # traced, not optimised
+    checkpoint = _checkpoint(tmp_path, model, "expert_token")
+    prompts = random_prompts((3, 40, 1, 70))
+    with engine(checkpoint, enforce_eager=False) as llm:
+        assert llm.llm_engine.vllm_config.compilation_config.mode != CompilationMode.NONE
+        answers = generate(llm, prompts, 10)
+    assert_equals_reference(checkpoint, prompts, answers)

@@ -1,0 +1,91 @@
+"""Gates of single experts (`expert_token`): a (token, expert) pair that skips is not computed and adds nothing.
+
+The model's own top-k selection is unchanged, the other weights are not renormalised, and shared experts always run.
+
+No fused kernel has a value for "no expert" that works everywhere (on the CPU, id -1 crashes and an id past the last
+expert reads other memory). So the kept pairs become rows of their own, each with one expert, and go through the same
+kernel; a token's rows are added up afterwards. This path is not CUDA specific; it has not been run on CUDA yet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExpertsOrder
+
+from .config import ConfigError
+from .gate import keeps, pair_scores
+from .routing import Route
+from .sublayers import route_mlp, swap_class
+
+
+def kept_pairs(route: Route, x: Tensor, experts: Tensor) -> Tensor | None:
+    """Which (token, expert) pairs of one layer are kept; None means all.
+
+    x: `[>= N, hidden]`, the MoE layer's normed input. experts: int `[>= N, K]`, as selected. Returns bool `[>= N, K]`,
+    False at padding.
+    """
+    batch, counts = route.routing.batch, route.routing.counts
+    assert batch is not None
+    total = batch.num_tokens
+    pairs = total * experts.shape[1]
+    if route.cutoff == float("-inf"):
+        counts.add(route.layer, pairs, pairs)
+        return None
+    keep = torch.zeros(experts.shape, dtype=torch.bool, device=x.device)
+    if route.cutoff != float("inf"):
+        keep[:total] = keeps(pair_scores(x[:total], route.router.weight, experts[:total]), route.cutoff)
+    number = int(keep.sum())
+    counts.add(route.layer, number, pairs)
+    return None if number == pairs else keep
+
+
+class _GatedExperts:
+    """Mixin before a stock `RoutedExperts`. It is called inside the opaque op of its MoE layer."""
+
+    Stock: type[RoutedExperts]
+    route: Route
+
+    def forward_modular(
+        self,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: Tensor | None = None,
+    ) -> Any:
+        """x: `[tokens, hidden]`. topk_weights, topk_ids: `[tokens, K]`. Returns `[tokens, hidden]`."""
+        routed = self.route.routing.batch is not None
+        keep = kept_pairs(self.route, x, topk_ids) if routed else None
+        shared = (shared_experts, shared_experts_input)
+        if keep is None:
+            return self.Stock.forward_modular(self, x, topk_weights, topk_ids, *shared)
+        output = x.new_zeros(*topk_ids.shape, x.shape[-1])
+        tokens, places = keep.nonzero(as_tuple=True)
+        if len(tokens):
+            pair = (tokens, places, None)
+            output[tokens, places] = self.Stock.forward_modular(
+                self, x[tokens], topk_weights[pair], topk_ids[pair], *shared
+            )  # fmt: skip
+        elif shared_experts is not None:  # some kernels run them; otherwise this does nothing
+            shared_experts(shared_experts_input, SharedExpertsOrder.MK_INTERNAL_OVERLAPPED)
+        return output.sum(1)
+
+    def forward_monolithic(self, *args: Any, **kwargs: Any) -> Any:
+        raise ConfigError(
+            "expert_token routing needs an MoE kernel that is told which experts to run, and this one selects them "
+            "itself; pass --moe-backend triton"
+        )
+
+
+def route_experts(module: nn.Module, name: str, route: Route, forward_context: dict[str, Any]) -> None:
+    """Gate the routed experts of an MoE layer; raises ConfigError if it has none."""
+    experts = [m for m in module.modules() if isinstance(m, RoutedExperts)]
+    if len(experts) != 1:
+        raise ConfigError(f"{name}: {type(module).__name__} has no routed experts, it is a dense MLP")
+    route_mlp(module, name, route, forward_context)
+    swap_class(experts[0], _GatedExperts)
+    experts[0].route = route
