@@ -1,4 +1,4 @@
-# make setup | demo | test | lint. Each works on a fresh clone: what it needs is made first.
+# make setup | demo | test | test-slow | lint. Each works on a fresh clone: what it needs is made first.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 
@@ -18,7 +18,7 @@ ARGS ?=
 
 .PHONY: help
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: $(VENV)/.installed ## make .venv with the CPU environment of requirements/cpu.txt
@@ -43,8 +43,12 @@ demo: setup ## train routers, serve them with vLLM, ask for an answer, show what
 	$(BIN)/python demo/run.py $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)')
 
 .PHONY: test
-test: setup ## run the whole test suite
-	$(BIN)/python -m pytest $(ARGS)
+test: setup ## run the test suite (all but the tests marked slow), two modules at a time
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m 'not slow' $(ARGS)
+
+.PHONY: test-slow
+test-slow: setup ## soak, two-process and large parity tests
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m slow $(ARGS)
 
 .PHONY: lint
 lint: setup ## ruff and mypy

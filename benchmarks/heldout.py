@@ -25,7 +25,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("checkpoint", type=Path, help="what `router-tuning train` wrote")
     parser.add_argument("--model", type=Path, required=True, help="its base model")
     parser.add_argument("--data", nargs="+", required=True, help="files whose last part was held out in training")
-    parser.add_argument("--fraction", type=float, default=0.02, help="held-out part of each file (default: %(default)s)")
+    parser.add_argument("--fraction", type=float, default=0.02, help="held-out part of a file (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=200, help="held-out samples (default: %(default)s)")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a sample (default: %(default)s)")
     parser.add_argument("--static-layers", type=int, nargs="*", default=[], help="layers to drop, to compare with")
@@ -86,7 +86,8 @@ def engine_kept(checkpoint: Path, prompts: list[list[int]]) -> dict[str, Any]:
         str(checkpoint), dtype="float32", enforce_eager=True, max_model_len=1024, block_size=32,
         kv_cache_memory_bytes=512 << 20, disable_log_stats=False,
     )  # fmt: skip
-    llm.generate([{"prompt_token_ids": p} for p in prompts], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    llm.generate([{"prompt_token_ids": p} for p in prompts], params)
     counts: dict[str, dict[int, float]] = {"kept": {}, "routed": {}}
     for metric in llm.get_metrics():
         for name, found in counts.items():

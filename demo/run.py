@@ -48,7 +48,7 @@ def command(*words: str | Path) -> None:
 def train(model: str, data: str, checkpoint: Path) -> None:
     say("1/4 Train routers (every other parameter is frozen)")
     options = ["--granularity", "attn_sequence", "--target-capacity", "0.5"]
-    options += ["--max-train-samples", "1024", "--max-length", "256"]  # minutes on two cores
+    options += ["--max-train-samples", "1536", "--max-length", "256"]  # minutes on two cores
     command("router-tuning", "train", "--model", model, "--data", data, "--output", _short(checkpoint), *options)
 
 

@@ -98,8 +98,6 @@ def _checked_config(args: RouterArguments, num_layers: int) -> ModConfig:
     config = make_mod_config(args, num_layers, target_capacity=args.target_capacity, base_model=args.model.rstrip("/"))
     if config.is_static:
         raise ConfigError(f"{config.granularity} has nothing to train; use `router-tuning export --granularity …`")
-    if config.target == "expert":
-        raise ConfigError(f"granularity {config.granularity!r} cannot be trained yet; choose attn, mlp or block")
     if not 0 <= args.eval_fraction < 1:
         raise ConfigError(f"--eval-fraction {args.eval_fraction}: a number from 0 to below 1 is needed")
     return config

@@ -15,6 +15,7 @@ from vllm.forward_context import get_forward_context
 from .batch import Batch, Subset, with_table
 from .config import ModConfig
 from .gate import keeps, token_scores
+from .kv.connector import MoDConnector
 from .requests import PackedCounts, SequenceDecisions
 from .stats import RoutingCounts
 
@@ -86,11 +87,9 @@ class Routing:
                 channel.publish(self.state.new_requests, decided)
 
 
-def _channel():  # type: ignore[no-untyped-def]
+def _channel() -> MoDConnector | None:
     if not has_kv_transfer_group():
         return None
-    from .kv.connector import MoDConnector
-
     connector = get_kv_transfer_group()
     return connector if isinstance(connector, MoDConnector) else None
 

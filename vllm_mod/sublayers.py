@@ -28,7 +28,7 @@ from vllm.utils.torch_utils import (
 
 from .batch import Subset, attending
 from .config import ConfigError
-from .routing import ALL, NONE, Route
+from .routing import ALL, Route
 
 _library = Library("vllm_mod", "FRAGMENT")
 #: Ops that run eagerly between compiled pieces (`kv.attention` has the last one).
@@ -66,7 +66,7 @@ class _Routed:
         batch = self.route.routing.batch
         kept = ALL if batch is None else self.route.kept(inputs[-1], self.with_attention)  # type: ignore[attr-defined]
         if kept == ALL:
-            output.copy_(self.stock_forward(*inputs))
+            output.copy_(self.stock_forward(*inputs))  # type: ignore[attr-defined]
         else:
             output.zero_()
             if not isinstance(kept, str):
@@ -92,7 +92,7 @@ class _RoutedAttention(_Routed):
         return output
 
     def stock_forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
-        return self.Stock.forward(self, positions=positions, hidden_states=hidden_states)  # type: ignore[arg-type]
+        return self.Stock.forward(self, positions=positions, hidden_states=hidden_states)
 
     def subset_forward(self, kept: Subset, positions: Tensor, hidden_states: Tensor) -> Tensor:
         assert self.route.kv_layer is not None
@@ -114,7 +114,7 @@ class _RoutedMLP(_Routed):
         return output
 
     def stock_forward(self, x: Tensor) -> Tensor:
-        return self.Stock.forward(self, x)  # type: ignore[arg-type]
+        return self.Stock.forward(self, x)
 
     def subset_forward(self, kept: Subset, x: Tensor) -> Tensor:
         return self.stock_forward(x)
@@ -150,7 +150,8 @@ def _routed_class(kind: type, stock: type) -> type:
 
 def swap_class(module: nn.Module, kind: type) -> None:
     """Put `kind` before the class that `module` was built as."""
-    module.__class__ = _routed_class(kind, type(module))
+    stock: Any = type(module)
+    module.__class__ = _routed_class(kind, stock)
 
 
 def route_attention(module: nn.Module, name: str, route: Route, forward_context: dict[str, Any]) -> None:

@@ -15,8 +15,6 @@ from tests.support.models import routed_checkpoint
 from tests.support.server import Server, ServerError, serve
 from vllm_mod.checkpoint import ROUTERS_FILE
 
-pytestmark = pytest.mark.slow
-
 ROUTED = [3, 4, 5, 6]
 FLAGS = ["--max-model-len", "256", "--max-num-seqs", "32", "--kv-cache-memory-bytes", str(256 << 20)]
 FLAGS += ["--block-size", "32", "--dtype", "float32", "--enforce-eager", "--served-model-name", "tiny"]

@@ -1,6 +1,7 @@
 """Every granularity of a routed Llama against the float32 reference (run again at Model Runner V2 by test_v2)."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,7 +113,7 @@ def test_skipped_rows_are_not_computed(base: Path, tmp_path: Path, granularity: 
             model = runner_model(llm)
             for index, layer in enumerate(model.model.layers):
 
-                def count(module: object, inputs: tuple[torch.Tensor, ...], index: int = index) -> None:
+                def count(module: object, inputs: Any, index: int = index, rows: dict[int, int] = rows) -> None:
                     rows[index] += len(inputs[0])
 
                 layer.get_submodule(linear).register_forward_pre_hook(count)

@@ -32,8 +32,8 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "weights": SCHEME | {"strategy": "channel", "dynamic": False},
         "input_activations": SCHEME | {"strategy": "token", "dynamic": True},
     }
-    quantisation = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"group_0": group}}
-    edit_json(path / "config.json", quantization_config=quantisation | {"ignore": ["lm_head"]})
+    scheme = {"quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["lm_head"]}
+    edit_json(path / "config.json", quantization_config=scheme | {"config_groups": {"group_0": group}})
     return path
 
 

@@ -81,12 +81,12 @@ class PageManager(FullAttentionManager):
         if not all(0 <= layer < self._num_layers for layer in layers):
             raise RuntimeError(f"request {request_id} skips layers {layers}, and there are {self._num_layers} of them")
         self._skipped[request_id] = frozenset(layers)
-        blocks, freed = self.req_to_blocks.get(request_id, []), []
-        for row in range(0, len(blocks), self._num_layers):
-            for layer in layers:
-                if row + layer > 0 and not (page := blocks[row + layer]).is_null:
-                    freed.append(page)
-                    blocks[row + layer] = self._null_block
+        blocks: list[KVCacheBlock] = self.req_to_blocks.get(request_id, [])
+        freed: list[KVCacheBlock] = []
+        for layer in self._skipped[request_id]:
+            column = slice(layer or self._num_layers, None, self._num_layers)  # of layer 0, all but the anchor
+            freed += blocks[column]
+            blocks[column] = [self._null_block] * len(blocks[column])
         self.block_pool.free_blocks(reversed(freed))
         self.pages_released += len(freed)
         return len(freed)
