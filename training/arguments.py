@@ -122,6 +122,16 @@ class ExportArguments:
                   "choices": list(GRANULARITIES)},
     )  # fmt: skip
     layers: list[str] | None = field(default=None, metadata={"help": "as for train"})
+    drop_attention: int | None = field(
+        default=None,
+        metadata={"help": "write an attn_static checkpoint that drops the N attentions which change their input least "
+                  "on --data (LLM-Drop's criterion)"},
+    )  # fmt: skip
+    data: list[str] | None = field(
+        default=None, metadata={"help": "calibration data of --drop-attention, as for train"}
+    )
+    max_samples: int = field(default=128, metadata={"help": "calibration samples"})
+    max_length: int = field(default=1024, metadata={"help": "tokens of a calibration sample"})
 
 
 class OneLineParser(HfArgumentParser):

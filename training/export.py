@@ -44,6 +44,8 @@ def export(args: ExportArguments, records: dict[str, str] | None = None) -> Path
     check_output(args.output)
     base = local_model(args.model)
     shape = base_shape(base)
+    if args.drop_attention is not None:
+        return write_checkpoint(base, args.output, drop_config(args, base, shape), {}, records)
     if args.routers is None:
         if args.granularity is None or not args.granularity.endswith("_static"):
             raise ConfigError("--routers is missing; only *_static granularities have none")
@@ -63,3 +65,35 @@ def _router_config(directory: Path, args: ExportArguments, shape: BaseShape) -> 
     if args.granularity is None:
         raise ConfigError(f"{directory}: no mod_config.json; say what the routers are for with --granularity, --layers")
     return make_mod_config(args, shape.num_layers, base_model=args.model)
+
+
+def drop_config(args: ExportArguments, base: Path, shape: BaseShape) -> ModConfig:
+    """`--drop-attention N`: the N layers are chosen on calibration data."""
+    if args.routers is not None or args.layers is not None or args.granularity not in (None, "attn_static"):
+        raise ConfigError("--drop-attention chooses the layers itself; drop --routers, --layers and --granularity")
+    if not args.data:
+        raise ConfigError("--drop-attention needs calibration data; pass --data")
+    assert args.drop_attention is not None
+    if not 0 < args.drop_attention < shape.num_layers:
+        raise ConfigError(
+            f"--drop-attention: 1 to {shape.num_layers - 1} of the {shape.num_layers} layers can be dropped"
+        )
+    import torch
+    from transformers import AutoTokenizer
+
+    from .data import read_sources, tokenize
+    from .drop import attention_similarity, most_similar
+    from .model import load_base
+
+    rows = [row for table in read_sources(args.data).values() for row in table]
+    samples, counts = tokenize(rows, AutoTokenizer.from_pretrained(base), args.max_length, args.max_samples)
+    if not counts.used:
+        raise ConfigError(f"{', '.join(args.data)}: no usable calibration sample")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_base(base, torch.bfloat16 if device == "cuda" else torch.float32).to(device).eval()
+    similarity = attention_similarity(model, samples["input_ids"])
+    layers = most_similar(similarity, args.drop_attention)
+    for i, value in enumerate(similarity):
+        print(f"layer {i:3}: similarity {value:.4f}{'  dropped' if i in layers else ''}")
+    config = {"version": 1, "granularity": "attn_static", "layers": layers, "base_model": args.model}
+    return ModConfig.parse(config, "--drop-attention")

@@ -1,0 +1,55 @@
+"""`router-tuning export --drop-attention N`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.unit.training.helpers import make_llama
+from training.cli import main
+from training.drop import attention_similarity, most_similar
+from vllm_mod.checkpoint import read_mod_config
+
+
+def test_an_attention_that_adds_nothing_is_dropped_first() -> None:
+    model = make_llama()
+    model.model.layers[2].self_attn.o_proj.weight.data.zero_()
+    similarity = attention_similarity(model, [[5, 9, 30, 8], [7, 7, 40]])
+    assert similarity[2] == pytest.approx(1)
+    assert most_similar(similarity, 1) == [2]
+
+
+def test_similarity_is_the_mean_over_all_tokens() -> None:
+    """Against hidden states that the stock model itself gives: layer 0 sees the embeddings."""
+    model, samples = make_llama(), [[5, 9, 30, 8], [7, 7, 40]]
+    cosines = []
+    for sample in samples:
+        ids = torch.tensor([sample])
+        with torch.no_grad():
+            x = model.model.embed_tokens(ids)
+            layer = model.model.layers[0]
+            rotary = model.model.rotary_emb(x, torch.arange(len(sample))[None])
+            mask = torch.full((1, 1, len(sample), len(sample)), -torch.inf).triu(1)
+            out = layer.self_attn(layer.input_layernorm(x), position_embeddings=rotary, attention_mask=mask)[0]
+            cosines.append(torch.cosine_similarity(x, x + out, dim=-1).flatten())
+    assert attention_similarity(model, samples)[0] == pytest.approx(float(torch.cat(cosines).mean()), abs=1e-6)
+
+
+def test_ties_go_to_the_earlier_layer() -> None:
+    assert most_similar([0.5, 0.9, 0.9, 0.9], 2) == [1, 2]
+
+
+def test_export(base_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "d.jsonl"
+    data.write_text("\n".join(json.dumps({"text": "some words, " * 3}) for _ in range(4)))
+    words = ["export", "--model", str(base_dir), "--output", str(tmp_path / "c"), "--drop-attention", "2"]
+    assert main(words) == 2 and "--data" in capsys.readouterr().err
+    assert main([*words, "--data", str(data), "--layers", "1"]) == 2
+    assert main([*words[:-1], "9", "--data", str(data)]) == 2 and "layers can be dropped" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+    assert main([*words, "--data", str(data)]) == 0
+    config = read_mod_config(tmp_path / "c")
+    assert config.granularity == "attn_static" and len(config.layers) == 2
