@@ -76,6 +76,8 @@ def share_pages(model: nn.Module, vllm_config: VllmConfig) -> list[str] | None:
     why = None
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         why = "pipeline parallel stages share page numbers"
+    elif not layers:
+        why = "there is no plain attention layer"
     elif len(shapes) != 1:
         why = "the layers' KV shapes differ"
     elif any(type(a) is not Attention or a.kv_sharing_target_layer_name or a.query_quant for a in layers):
