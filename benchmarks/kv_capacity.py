@@ -212,19 +212,23 @@ def plot(points: list[dict[str, Any]], path: Path, title: str) -> None:
 
     stock, routed = points[0], points[1:]
     kept = [p["kept_ratio"] for p in routed]
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    ylabels = {
-        "max_running": "requests running at once",
-        "output_tokens_per_second": "tokens/s",
-    }
-    for axis, (key, ylabel) in zip(axes, ylabels.items(), strict=True):
-        axis.plot(kept, [p[key] for p in routed], "o-", label="routed")
-        axis.axhline(stock[key], color="gray", linestyle="--", label="stock")
-        if key == "max_running":
-            axis.plot(kept, [stock[key] * p["ideal_ratio"] for p in routed], ":", color="C1", label="ideal")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    left.plot(kept, [p["max_running"] for p in routed], "o-", label="routed")
+    left.plot(kept, [stock["max_running"] * p["ideal_ratio"] for p in routed], ":", color="C1", label="ideal")
+    left.axhline(stock["max_running"], color="gray", linestyle="--", label="stock")
+
+    def tokens(point: dict[str, Any]) -> float:
+        return point["output_tokens_per_second"] * point["seconds"]
+
+    for seconds, color, label in (("seconds", "C0", "per second"), ("cpu_seconds", "C2", "per CPU second")):
+        right.plot(kept, [tokens(p) / p[seconds] for p in routed], "o-", color=color, label=f"routed, {label}")
+        right.axhline(tokens(stock) / stock[seconds], color=color, linestyle="--", label=f"stock, {label}")
+    slowest = [tokens(p) / max(p["seconds_of_all_repeats"]) for p in routed]
+    right.fill_between(kept, slowest, [tokens(p) / p["seconds"] for p in routed], alpha=0.15, label="spread of repeats")
+    for axis, ylabel in ((left, "requests running at once"), (right, "output tokens")):
         axis.set(xlabel="kept ratio of the routed layers", ylabel=ylabel, ylim=(0, None))
         axis.invert_xaxis()
-        axis.legend()
+        axis.legend(fontsize="small")
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

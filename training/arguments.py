@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from vllm_mod.checkpoint import BaseShape
 from vllm_mod.config import GRANULARITIES, ConfigError, ModConfig, default_layers
 
 #: How far one AdamW step may move a score, at most, for inputs of unit size. See `default_learning_rate`.
@@ -175,10 +176,13 @@ def parse_layers(words: Sequence[str] | None, num_layers: int) -> list[int]:
     return sorted(layers)
 
 
-def make_mod_config(args: RouterArguments | ExportArguments, num_layers: int, **more: Any) -> ModConfig:
-    data = {"version": 1, "granularity": args.granularity, "layers": parse_layers(args.layers, num_layers), **more}
-    config: ModConfig = ModConfig.parse(data, "mod_config")
-    config.check_fits(num_layers)
+def make_mod_config(args: RouterArguments | ExportArguments, shape: BaseShape, **more: Any) -> ModConfig:
+    """The flags as a config that fits the base model; raises ConfigError."""
+    layers = parse_layers(args.layers, shape.num_layers)
+    config: ModConfig = ModConfig.parse(
+        {"version": 1, "granularity": args.granularity, "layers": layers, **more}, "mod_config"
+    )
+    config.check_fits(shape.num_layers, shape.num_experts, shape.dense_layers)
     return config
 
 

@@ -49,7 +49,7 @@ def export(args: ExportArguments, records: dict[str, str] | None = None) -> Path
     if args.routers is None:
         if args.granularity is None or not args.granularity.endswith("_static"):
             raise ConfigError("--routers is missing; only *_static granularities have none")
-        config = make_mod_config(args, shape.num_layers, base_model=args.model)
+        config = make_mod_config(args, shape, base_model=args.model)
         return write_checkpoint(base, args.output, config, {}, records)
     directory = local_model(args.routers)
     config = _router_config(directory, args, shape)
@@ -64,7 +64,7 @@ def _router_config(directory: Path, args: ExportArguments, shape: BaseShape) -> 
         return read_mod_config(directory)
     if args.granularity is None:
         raise ConfigError(f"{directory}: no mod_config.json; say what the routers are for with --granularity, --layers")
-    return make_mod_config(args, shape.num_layers, base_model=args.model)
+    return make_mod_config(args, shape, base_model=args.model)
 
 
 def drop_config(args: ExportArguments, base: Path, shape: BaseShape) -> ModConfig:

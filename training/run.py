@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from vllm_mod.checkpoint import write_checkpoint
+from vllm_mod.checkpoint import BaseShape, write_checkpoint
 from vllm_mod.config import ConfigError, ModConfig
 
 from .arguments import (
@@ -40,7 +40,7 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
     check_output(args.output)
     base = local_model(args.model)
     shape = base_shape(base)
-    config = _checked_config(args, shape.num_layers)
+    config = _checked_config(args, shape)
     run_dir = Path(args.run_dir or args.output.rstrip("/") + ".run")
     last_state = _last_state(args, run_dir)
 
@@ -94,8 +94,8 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
     return 0
 
 
-def _checked_config(args: RouterArguments, num_layers: int) -> ModConfig:
-    config = make_mod_config(args, num_layers, target_capacity=args.target_capacity, base_model=args.model.rstrip("/"))
+def _checked_config(args: RouterArguments, shape: BaseShape) -> ModConfig:
+    config = make_mod_config(args, shape, target_capacity=args.target_capacity, base_model=args.model.rstrip("/"))
     if config.is_static:
         raise ConfigError(f"{config.granularity} has nothing to train; use `router-tuning export --granularity …`")
     if not 0 <= args.eval_fraction < 1:

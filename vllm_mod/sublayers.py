@@ -18,6 +18,7 @@ from torch.library import Library
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.utils.torch_utils import (
     LayerNameType,
@@ -177,10 +178,13 @@ def _route(module: nn.Module, kind: type, name: str, route: Route, forward_conte
 def _take_out_all_reduce(module: nn.Module) -> bool:
     if get_tensor_model_parallel_world_size() == 1:
         return False
-    reducing = [m for m in module.modules() if isinstance(m, RowParallelLinear) and m.reduce_results]
+    reducing: list[Any] = [m for m in module.modules() if isinstance(m, RowParallelLinear) and m.reduce_results]
     for linear in reducing:
         linear.reduce_results = False
-    return bool(reducing)
+    moe: list[Any] = [m for m in module.modules() if isinstance(m, MoERunner) and not m.moe_config.is_sequence_parallel]
+    for runner in moe:
+        runner.moe_config.skip_final_all_reduce = True
+    return bool(reducing or moe)
 
 
 class Skipped(nn.Module):

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from tests.support.models import routed_checkpoint
+from tests.support.models import routed_checkpoint, tiny_model
 
 from .harness import assert_equals_reference, counter, engine, generate, random_prompts
+from .test_moe import SHAPES
 
 LAYERS = [1, 2, 4, 5, 6]  # on both pipeline ranks
 PARALLEL: dict[str, dict[str, Any]] = {
@@ -35,3 +36,16 @@ def test_two_processes(base: Path, tmp_path: Path, granularity: str, parallel: s
     if granularity.endswith("sequence"):  # every layer's decisions are counted once
         assert routed == len(prompts) * len(LAYERS)
         assert kept == sum(int(d[i]) for d in decisions for i in LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("model", "granularity"),
+    [("olmoe", "expert_token"), ("olmoe", "mlp_sequence"), ("deepseek", "expert_token"), ("deepseek", "block_token")],
+)
+def test_experts_on_two_tensor_parallel_ranks(tmp_path: Path, model: str, granularity: str) -> None:
+    base = tiny_model(tmp_path / "base", model, num_hidden_layers=5, **SHAPES[model])
+    checkpoint = routed_checkpoint(base, tmp_path / "c", granularity, [1, 2, 3])
+    prompts = random_prompts((3, 40, 17, 70))
+    with engine(checkpoint, tensor_parallel_size=2) as llm:
+        answers = generate(llm, prompts, 12)
+    assert_equals_reference(checkpoint, prompts, answers)

@@ -65,6 +65,7 @@ def make_batch(
         is_prefilling=torch.tensor([r.computed == 0 for r in requests] + [False] * padded_requests),
         seq_lens_cpu_upper_bound=ends if known_on_host else None,
     )
+    cm.compute_num_computed_tokens()  # cached, as another builder may have done
     builder = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=BLOCK))
     return Batch(cm, functools.partial(fake_build, builder=builder))
 

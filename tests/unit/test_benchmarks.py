@@ -71,6 +71,13 @@ def test_wrong_options_are_explained(module: Any, wrong: list[str], capsys: pyte
     assert wrong[0] in capsys.readouterr().err
 
 
+def test_plot(tmp_path: Path) -> None:
+    point = {"max_running": 9, "output_tokens_per_second": 5.0, "seconds": 2.0, "cpu_seconds": 1.5}
+    point |= {"seconds_of_all_repeats": [2.0, 3.0], "ideal_ratio": 1.0, "kept_ratio": None}
+    kv_capacity.plot([point, point | {"kept_ratio": 1.0}, point | {"kept_ratio": 0.5}], tmp_path / "plot.png", "title")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.slow
 def test_a_quarter_skipped_is_a_third_more_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kv_capacity.main(["--output", str(tmp_path / "result.json")])

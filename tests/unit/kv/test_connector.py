@@ -75,6 +75,7 @@ def test_a_decision_frees_pages_before_the_next_schedule(scheduler: Scheduler) -
     scheduler.hear(None)  # most steps decide nothing
     scheduler.finish("a")
     assert scheduler.free == LAYERS * 8
+    assert not scheduler.manager._skipped and not scheduler.connector._prompt_lengths
 
 
 def test_a_decision_after_the_end_is_ignored_and_counted(scheduler: Scheduler) -> None:

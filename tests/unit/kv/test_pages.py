@@ -129,6 +129,7 @@ class PageMachine(RuleBasedStateMachine):
         assert len(set(owned)) == len(owned), "a page has two owners"
         assert all(self.manager.block_pool.blocks[i].ref_cnt == 1 for i in owned)
         assert self.manager.block_pool.get_num_free_blocks() == self.total - len(owned)
+        assert self.manager.block_pool.null_block.ref_cnt == 0, "the null page was freed"
 
     @invariant()
     def nothing_is_kept_of_the_past(self) -> None:

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.support.models import routed_checkpoint, tiny_model
+from training.cli import main
 from training.model import (
     attach_routers,
     freeze_base,
@@ -20,6 +22,7 @@ from training.model import (
     router_weights,
     routing,
 )
+from vllm_mod.checkpoint import BaseShape, read_json
 from vllm_mod.config import ConfigError, ModConfig
 
 ROUTED = (1, 2)
@@ -144,3 +147,14 @@ def test_refusals_say_what_the_model_has(
     routers = {i: torch.zeros(rows, 32) for i in layers}
     with pytest.raises(ConfigError, match=message):
         attach_routers(stock(bases[name]), config("expert_token", layers), routers)
+
+
+@pytest.mark.parametrize("name", ["olmoe", "deepseek"])
+def test_experts_are_trained_from_the_command_line(bases: dict[str, Path], data_file: Path, tmp_path: Path, name: str):
+    output = tmp_path / "out"
+    words = ["train", "--model", str(bases[name]), "--data", str(data_file), "--output", str(output)]
+    words += ["--granularity", "expert_token", "--layers", "1-2", "--max-train-samples", "32", "--max-length", "32"]
+    assert main([*words, "--use-cpu", "true", "--disable-tqdm", "true"]) == 0
+    experts = BaseShape.of(read_json(output / "config.json"), name).num_experts
+    for weight in load_file(output / "routers.safetensors").values():
+        assert weight.shape[0] == experts and weight.abs().sum() > 0
