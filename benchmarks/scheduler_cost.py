@@ -147,7 +147,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     results = measure(args)
     keys = ("prefill_us", "decide_us", "decode_us", "worst_step_us", "finish_us", "whole_request_us")
     progress(markdown_table(["", *keys], [[name, *(r[k] for k in keys)] for name, r in results.items()]))
@@ -168,4 +167,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     main()

@@ -16,6 +16,7 @@ SELECTED = {
     ),
     ("test_dense.py",): "test_parity and qwen3 and not static",
     ("test_moe.py",): "test_parity and deepseek and not static",
+    ("test_async.py",): "test_steps_in_flight",
 }
 
 
