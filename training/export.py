@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from vllm_mod.checkpoint import BaseShape, read_json, read_mod_config, read_routers, write_checkpoint
 from vllm_mod.config import ConfigError, ModConfig, mod_architecture
@@ -47,6 +49,10 @@ def export(args: ExportArguments, records: dict[str, str] | None = None) -> Path
     if args.drop_attention is not None:
         return write_checkpoint(base, args.output, drop_config(args, base, shape), {}, records)
     if args.routers is None:
+        if args.granularity is None and (skipped := skip_lists(read_json(base / "config.json"), str(base))):
+            config = ModConfig.parse({"version": 1, "base_model": args.model, **skipped}, "per_layer_config")
+            config.check_fits(shape.num_layers)
+            return write_checkpoint(base, args.output, config, {}, records)
         if args.granularity is None or not args.granularity.endswith("_static"):
             raise ConfigError("--routers is missing; only *_static granularities have none")
         config = make_mod_config(args, shape, base_model=args.model)
@@ -54,6 +60,32 @@ def export(args: ExportArguments, records: dict[str, str] | None = None) -> Path
     directory = local_model(args.routers)
     config = _router_config(directory, args, shape)
     return write_checkpoint(base, args.output, config, read_routers(directory, config, shape), records)
+
+
+_SUBLAYERS = {"attention": "attn", "self_attn": "attn", "mlp": "mlp", "feed_forward": "mlp"}
+
+
+def skip_lists(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What transformers' `per_layer_config: {layer: {"skip": [...]}}` drops, as granularity and layers; or nothing.
+
+    transformers 5.19 defines the key but not the names in it: a decoder layer's sub-modules are meant.
+    """
+    found: dict[int, frozenset[str]] = {}
+    for layer, overrides in (config.get("per_layer_config") or {}).items():
+        names = overrides.get("skip") or ()
+        if unknown := [name for name in names if name not in _SUBLAYERS]:
+            raise ConfigError(f"{where}: per_layer_config skips {unknown[0]!r}; known: {', '.join(_SUBLAYERS)}")
+        if names:
+            found[int(layer)] = frozenset(_SUBLAYERS[name] for name in names)
+    if not found:
+        return {}
+    if len(kinds := set(found.values())) > 1:
+        raise ConfigError(
+            f"{where}: per_layer_config skips different sublayers in different layers; one kind is served"
+        )
+    (kind,) = kinds
+    target = "block" if len(kind) == 2 else next(iter(kind))
+    return {"granularity": f"{target}_static", "layers": sorted(found)}
 
 
 def _router_config(directory: Path, args: ExportArguments, shape: BaseShape) -> ModConfig:

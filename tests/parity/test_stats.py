@@ -37,7 +37,7 @@ def test_an_exact_share_of_skipped_layers(base: Path, tmp_path: Path) -> None:
         assert counter(llm, "vllm:mod_kv_pages_freed") == 2 * 2 * 2  # requests, token blocks, layers
         assert counter(llm, "vllm:mod_messages_ignored") == 1  # it ended with its first token
         assert counter(llm, "vllm:mod_kv_bytes_per_token") == 6 * BYTES_PER_TOKEN  # of eight layers
-        lines, logger = Lines(), logging.getLogger("vllm.distributed.kv_transfer")
+        lines, logger = Lines(), logging.getLogger("vllm.v1.metrics.loggers")
         logger.addHandler(lines)
         llm.llm_engine.do_log_stats()
         logger.removeHandler(lines)

@@ -1,8 +1,9 @@
-"""`router-tuning export --drop-attention N`."""
+"""Static drops: `router-tuning export --drop-attention N`, and a base whose config skips layers itself."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,29 @@ def test_export(base_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main([*words, "--data", str(data)]) == 0
     config = read_mod_config(tmp_path / "c")
     assert config.granularity == "attn_static" and len(config.layers) == 2
+
+
+@pytest.mark.parametrize(
+    ("per_layer", "expected"),
+    [
+        ({"1": {"skip": ["attention"]}, "2": {"skip": ["self_attn"]}}, ("attn_static", (1, 2))),
+        ({"2": {"skip": ["mlp"]}, "0": {"intermediate_size": 48}}, ("mlp_static", (2,))),
+        ({"3": {"skip": ["mlp", "self_attn"]}}, ("block_static", (3,))),
+        ({"1": {"skip": ["attention"]}, "2": {"skip": ["mlp"]}}, "different sublayers"),
+        ({"1": {"skip": ["norm"]}}, "'norm'"),
+        ({"1": {"skip": []}}, "--routers is missing"),
+    ],
+)
+def test_skip_lists_of_the_base(
+    base_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], per_layer: object, expected: object
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(base_dir, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"per_layer_config": per_layer}))
+    code = main(["export", "--model", str(base), "--output", str(tmp_path / "c")])
+    if isinstance(expected, str):
+        assert code == 2 and expected in capsys.readouterr().err
+    else:
+        written = read_mod_config(tmp_path / "c")
+        assert code == 0 and (written.granularity, written.layers) == expected
