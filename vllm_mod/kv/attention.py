@@ -35,21 +35,25 @@ direct_register_custom_op(
 )
 
 
+def _shape(layer: Attention, vllm_config: VllmConfig) -> dict[str, Any]:
+    """Fields of a spec that says nothing of a window."""
+    return {
+        "block_size": vllm_config.cache_config.block_size,
+        "num_kv_heads": layer.num_kv_heads,
+        "head_size": layer.head_size,
+        "head_size_v": layer.head_size_v,
+        "dtype": layer.kv_cache_torch_dtype,
+        "kv_quant_mode": get_kv_quant_mode(layer.kv_cache_dtype),
+    }
+
+
 class PagedAttention(Attention):
     """`Attention` whose KV lives in pages of the pool that the first attention layer owns."""
 
     num_layers: int
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> PageSpec:
-        return PageSpec(
-            block_size=vllm_config.cache_config.block_size,
-            num_kv_heads=self.num_kv_heads,
-            head_size=self.head_size,
-            head_size_v=self.head_size_v,
-            dtype=self.kv_cache_torch_dtype,
-            kv_quant_mode=get_kv_quant_mode(self.kv_cache_dtype),
-            num_layers=self.num_layers,
-        )
+        return PageSpec(**_shape(self, vllm_config), num_layers=self.num_layers)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, output_shape: Any = None, output_dtype: Any = None
@@ -100,14 +104,7 @@ class WholeRowAttention(Attention):
     """
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> FullAttentionSpec:
-        return FullAttentionSpec(
-            block_size=vllm_config.cache_config.block_size,
-            num_kv_heads=self.num_kv_heads,
-            head_size=self.head_size,
-            head_size_v=self.head_size_v,
-            dtype=self.kv_cache_torch_dtype,
-            kv_quant_mode=get_kv_quant_mode(self.kv_cache_dtype),
-        )
+        return FullAttentionSpec(**_shape(self, vllm_config))
 
 
 def allocate_whole_rows(model: nn.Module) -> None:
