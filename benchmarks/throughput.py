@@ -23,7 +23,6 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -176,8 +175,7 @@ def compared(runs: dict[str, list[dict[str, float]]], workload: str) -> dict[str
         "ceiling": ("static", "stock"),
     }
     result: dict[str, Any] = {key: round(median[a] / median[b], 3) for key, (a, b) in ratios.items()}
-    noise: Callable[[str, str], float] = lambda a, b: max(spread[a], spread[b])  # noqa: E731
-    unclear = [key for key, (a, b) in ratios.items() if abs(result[key] - 1) < noise(a, b)]
+    unclear = [key for key, (a, b) in ratios.items() if abs(result[key] - 1) < max(spread[a], spread[b])]
     last = runs["mod"][-1]
     return {
         "workload": workload,

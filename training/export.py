@@ -46,20 +46,22 @@ def export(args: ExportArguments, records: dict[str, str] | None = None) -> Path
     check_output(args.output)
     base = local_model(args.model)
     shape = base_shape(base)
-    if args.drop_attention is not None:
-        return write_checkpoint(base, args.output, drop_config(args, base, shape), {}, records)
-    if args.routers is None:
-        if args.granularity is None and (skipped := skip_lists(read_json(base / "config.json"), str(base))):
-            config = ModConfig.parse({"version": 1, "base_model": args.model, **skipped}, "per_layer_config")
-            config.check_fits(shape.num_layers)
-            return write_checkpoint(base, args.output, config, {}, records)
-        if args.granularity is None or not args.granularity.endswith("_static"):
-            raise ConfigError("--routers is missing; only *_static granularities have none")
-        config = make_mod_config(args, shape, base_model=args.model)
-        return write_checkpoint(base, args.output, config, {}, records)
+    if args.routers is None or args.drop_attention is not None:
+        return write_checkpoint(base, args.output, _static_config(args, base, shape), {}, records)
     directory = local_model(args.routers)
     config = _router_config(directory, args, shape)
     return write_checkpoint(base, args.output, config, read_routers(directory, config, shape), records)
+
+
+def _static_config(args: ExportArguments, base: Path, shape: BaseShape) -> ModConfig:
+    """What is dropped for good: chosen on data, listed by the base itself, or named by the flags."""
+    if args.drop_attention is not None:
+        return drop_config(args, base, shape)
+    if args.granularity is None and (skipped := skip_lists(read_json(base / "config.json"), str(base))):
+        return ModConfig.parse({"version": 1, "base_model": args.model, **skipped}, "per_layer_config")
+    if args.granularity is None or not args.granularity.endswith("_static"):
+        raise ConfigError("--routers is missing; only *_static granularities have none")
+    return make_mod_config(args, shape, base_model=args.model)
 
 
 _SUBLAYERS = {"attention": "attn", "self_attn": "attn", "mlp": "mlp", "feed_forward": "mlp"}

@@ -143,6 +143,16 @@ class ModConfig(_Strict):
         return self.level == "static"
 
     @property
+    def packs_kv(self) -> bool:
+        """Kept tokens of a request lie densely in its blocks of a routed layer."""
+        return self.level == "token" and self.target in ("attn", "block")
+
+    @property
+    def keeps_state(self) -> bool:
+        """A worker remembers something of a running request: its decisions, or how much packed KV it has."""
+        return self.level == "sequence" or self.packs_kv
+
+    @property
     def thresholds(self) -> tuple[float, ...]:
         """One threshold per entry of `layers`."""
         return self.threshold if isinstance(self.threshold, tuple) else (self.threshold,) * len(self.layers)

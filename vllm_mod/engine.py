@@ -93,28 +93,27 @@ def check_routers(vllm_config: VllmConfig, config: ModConfig) -> None:
 
 def refuse_what_cannot_work(vllm_config: VllmConfig, config: ModConfig) -> None:
     granularity = config.granularity
-    keeps_state = config.level == "sequence" or config.target in ("attn", "block")
     parallel = vllm_config.parallel_config
-    if keeps_state and vllm_config.speculative_config is not None:
+    if config.keeps_state and vllm_config.speculative_config is not None:
         raise ConfigError(
             f"{granularity} routing cannot be served with speculative decoding: rejected draft tokens would have to "
             "be taken back from the routing state; drop --speculative-config"
         )
     offloads = vllm_config.cache_config.kv_offloading_size is not None
     others = vllm_config.kv_transfer_config is not None and not _is_channel(vllm_config)
-    if keeps_state and (others or offloads):
+    if config.keeps_state and (others or offloads):
         raise ConfigError(
             f"{granularity} routing cannot be served with a KV connector or KV offloading: "
             "its KV cache has no entry for what was skipped; drop --kv-transfer-config / --kv-offloading-size"
         )
-    if keeps_state and parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size > 1:
+    if config.keeps_state and parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size > 1:
         raise ConfigError(f"{granularity} routing cannot be served with context parallelism; drop the -dcp/-pcp flags")
     if parallel.enable_dbo:
         raise ConfigError("routed models cannot be served with dual batch overlap; drop --enable-dbo")
     if num_experts_of(vllm_config.model_config.hf_text_config.to_dict()) and config.target != "attn":
         _refuse_for_experts(vllm_config, config)
     window, max_len = vllm_config.model_config.get_sliding_window(), vllm_config.model_config.max_model_len
-    if packs_kv(config) and window and window < max_len and (sliding := _sliding_layers(vllm_config, config)):
+    if config.packs_kv and window and window < max_len and (sliding := _sliding_layers(vllm_config, config)):
         raise ConfigError(
             f"{granularity} routing packs the KV of kept tokens, and a sliding window counts true positions: layers "
             f"{sliding} have a window of {window} tokens, less than max_model_len {max_len}; "
@@ -143,10 +142,6 @@ def _refuse_for_experts(vllm_config: VllmConfig, config: ModConfig) -> None:
         )
 
 
-def packs_kv(config: ModConfig) -> bool:
-    return config.level == "token" and config.target in ("attn", "block")
-
-
 def _sliding_layers(vllm_config: VllmConfig, config: ModConfig) -> list[int]:
     """Routed layers with a sliding window, of a model that has one."""
     types = getattr(vllm_config.model_config.hf_text_config, "layer_types", None) or ()
@@ -161,7 +156,7 @@ def make_settings(vllm_config: VllmConfig, config: ModConfig) -> None:
 
     cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
     max_len = vllm_config.model_config.max_model_len
-    if (config.level == "sequence" or packs_kv(config)) and cache.enable_prefix_caching:
+    if config.keeps_state and cache.enable_prefix_caching:
         why = "a decision needs its whole prompt" if config.level == "sequence" else "packed KV cannot be shared"
         logger.info("%s: prefix caching off (%s)", config.granularity, why)
         cache.enable_prefix_caching = False
@@ -175,7 +170,7 @@ def make_settings(vllm_config: VllmConfig, config: ModConfig) -> None:
                 "%s: max_num_batched_tokens %d (a prompt is prefilled in one step)", config.granularity, max_len
             )
             scheduler.max_num_batched_tokens = max_len
-    if config.level == "sequence" or packs_kv(config):
+    if config.keeps_state:
         # One KV-cache group, so that the first block of a row names its request for as long as it runs.
         scheduler.disable_hybrid_kv_cache_manager = True
     if vllm_config.lora_config is not None:

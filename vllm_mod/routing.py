@@ -48,7 +48,7 @@ class Routing:
         self.state: SequenceDecisions | PackedCounts | None = None
         if config.level == "sequence":
             self.state = SequenceDecisions(len(config.layers))
-        elif config.target in ("attn", "block"):
+        elif config.packs_kv:
             self.state = PackedCounts(len(config.layers))
 
     @contextmanager
