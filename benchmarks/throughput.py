@@ -1,202 +1,236 @@
-"""What routing costs and what skipping gives, four ways on one machine in one run (design: same flags, alternating).
+"""What routing costs and what skipping gives, four ways on one machine in one run, with the same engine flags.
 
   stock   the plain architecture
   keep    the routed checkpoint with `force: keep`: pure overhead
-  mod     the routed checkpoint at `--kept`: thresholds 0 and 1 per layer, so every request skips the same layers;
-          with --mixed random routers, about half of the (request, layer) pairs, each request its own
+  mod     the routed checkpoint at `--kept`: thresholds 0 and 1 per layer, every request skips the same layers; with
+          --mixed random routers with calibrated thresholds: in every layer that share of the requests keeps it
   static  as many layers dropped for good: what skipping can give at best
 
-Weights are random ("dummy"). All four engines stay up in a process each and are asked in turn, `--repeats` times;
-speeds are medians of the repeats. Prefill and decode steps are timed apart, inside vLLM's own engine loop. The last
-line is
+Weights are random ("dummy"): no speed depends on them. All engines are up, each in a process, and take turns step by
+step (`--alone`: one engine at a time, where they do not fit together), `--repeats` times.
 
-  {"workload", "tokens_per_s": {...}, "spread": {...}, "kept_ratio", "overhead", "speedup", "fraction_of_static", ...}
+  decode   tokens/s of the decode steps, all requests running
+  prefill  tokens/s of the prefill steps
+  pool     generated tokens over all the time, with more requests than the KV memory holds
 
-where spread is (max - min) / median of the repeats, and differences within it are called not significant.
+  Llama-3-8B on a GPU, long context, as many requests as fit:
+    python -m benchmarks.throughput --shape llama3-8b --workload pool --alone --prompt 4096 --output-len 512 \\
+        --requests 192 --kv-cache-memory-bytes 40000000000 --block-size 16 --repeats 3
+  and its batch of one:
+    python -m benchmarks.throughput --shape llama3-8b --alone --requests 1 --prompt 1024 --output-len 256
+
+The last line is {"workload", "tokens_per_s", "spread", "kept_ratio", "overhead", "speedup", "fraction_of_static",
+"ceiling", "not_significant", "notes"}. Ratios are medians of the ratios of single repeats; spread is their (max - min)
+/ median; a ratio whose repeats lie on both sides of 1 is "not significant".
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import statistics
 import tempfile
-import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .common import RESULTS, command, llama_config, machine, markdown_table, progress, routed_config, write_json
+from .common import RESULTS, command, machine, markdown_table, progress, write_json
+from .engines import Engine, Load, Times, run_in_turn
+from .shapes import SHAPES, SYSTEMS, four_systems, routed_layers
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "cpu-attention": {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 8,
-                      "num_key_value_heads": 8, "head_dim": 64},
-    "llama3-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-                  "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "max_position_embeddings": 131072,
-                  "torch_dtype": "bfloat16"},
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8},
-}  # fmt: skip
-SYSTEMS = ("stock", "keep", "mod", "static")
+RATIOS = {
+    "overhead": ("keep", "stock"),
+    "speedup": ("mod", "stock"),
+    "fraction_of_static": ("mod", "static"),
+    "ceiling": ("static", "stock"),
+}
 
 
-def arguments() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.throughput",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--shape", choices=SHAPES, default="cpu-attention", help="default: %(default)s")
-    parser.add_argument("--workload", choices=("decode", "prefill"), default="decode", help="default: %(default)s")
+    parser.add_argument("--workload", choices=("decode", "prefill", "pool"), default="decode")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="default: all")
     parser.add_argument("--granularity", default="attn_sequence", help="default: %(default)s")
     parser.add_argument("--requests", type=int, default=16, help="submitted at once (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=2048, help="prompt tokens (default: %(default)s)")
-    parser.add_argument("--output-len", type=int, default=32, help="generated tokens (default: %(default)s)")
+    parser.add_argument("--output-len", type=int, default=48, help="generated tokens (default: %(default)s)")
     parser.add_argument("--routed", type=int, default=None, help="routed layers (default: half of them)")
-    parser.add_argument(
-        "--kept", type=float, default=0.5, help="kept ratio of the routed layers (default: %(default)s)"
-    )
+    parser.add_argument("--kept", type=float, default=0.5, help="kept ratio of the routed layers (default: 0.5)")
     parser.add_argument("--mixed", action="store_true", help="each request skips layers of its own")
-    parser.add_argument("--kv-cache-memory-bytes", type=int, default=4 << 30, help="default: 4 GiB")
+    parser.add_argument("--sweep", choices=("prompt", "kept", "requests"), help="repeat for each of --values, and plot")
+    parser.add_argument("--values", type=float, nargs="+", default=[], help="of --sweep")
+    parser.add_argument("--kv-cache-memory-bytes", type=int, default=2 << 30, help="default: 2 GiB")
+    parser.add_argument("--block-size", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--compile", action="store_true", help="vLLM's default compilation instead of eager")
+    parser.add_argument("--eager", action="store_true", help="no compilation (default: what vLLM does by default)")
+    parser.add_argument("--alone", action="store_true", help="one engine at a time")
     parser.add_argument("--output", type=Path, default=RESULTS / "throughput.json", help="default: %(default)s")
-    args = parser.parse_args()
-    total = SHAPES[args.shape]["num_hidden_layers"]
+    args = parser.parse_args(argv)
+    total = SHAPES[args.shape].get("num_hidden_layers", 16)
     args.routed = total // 2 if args.routed is None else args.routed
     if not 0 < args.routed < total:
         parser.error(f"--routed: 1 to {total - 1} of this shape's {total} layers")
-    dropped = args.routed * (1 - args.kept)
-    if not args.mixed and abs(dropped - round(dropped)) > 1e-9:
-        parser.error(f"--kept {args.kept}: {args.routed} routed layers give steps of {1 / args.routed:g} only")
+    if bool(args.sweep) != bool(args.values):
+        parser.error("--sweep and --values belong together")
+    if "stock" not in args.systems:
+        parser.error("--systems: everything is compared with 'stock'")
+    for kept in args.values if args.sweep == "kept" else [args.kept]:
+        if not 0 <= kept <= 1:
+            parser.error(f"--kept {kept}: a number from 0 to 1")
+        if not args.mixed and not _whole(args.routed * kept):
+            parser.error(
+                f"--kept {kept}: {args.routed} routed layers give steps of {1 / args.routed:g} only; "
+                "pass --mixed, or another --routed"
+            )
     return args
 
 
-_state: dict[str, Any] = {}  # of an engine's own process
+def _whole(number: float) -> bool:
+    return abs(number - round(number)) < 1e-9
 
 
-def start(model: str, mod: dict[str, Any] | None, flags: dict[str, Any]) -> None:
-    import os
-
-    os.dup2(2, 1)  # vLLM logs to stdout, whose last line is ours
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    from vllm import LLM
-
-    _state["llm"] = LLM(model, **flags, **({} if mod is None else {"additional_config": {"mod": mod}}))
-
-
-def run(requests: int, prompt: int, output: int) -> dict[str, float]:
-    """Tokens and seconds of prefill and of decode steps; the kept ratio so far."""
-    from vllm import SamplingParams
-
-    llm = _state["llm"]
-    engine, scheduler = llm.llm_engine, llm.llm_engine.engine_core.engine_core.scheduler
-    schedule, scheduled = scheduler.schedule, []
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        step = schedule(*args, **kwargs)
-        scheduled.append(dict(step.num_scheduled_tokens))
-        return step
-
-    scheduler.schedule = watched
-    params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True, detokenize=False)
-    for number in range(requests):
-        # One token repeated: random routers then decide otherwise for another request.
-        engine.add_request(f"{time.time()}-{number}", {"prompt_token_ids": [7 + number] * prompt}, params)
-    found = dict.fromkeys(("prefill_tokens", "prefill_s", "decode_tokens", "decode_s"), 0.0)
-    while engine.has_unfinished_requests():
-        begin = time.perf_counter()
-        engine.step()
-        seconds, counts = time.perf_counter() - begin, scheduled[-1] if scheduled else {}
-        kind = "decode" if counts and max(counts.values()) == 1 else "prefill"
-        found[f"{kind}_tokens"] += sum(counts.values())
-        found[f"{kind}_s"] += seconds
-    scheduler.schedule = schedule
-    totals = {n: sum(m.value for m in llm.get_metrics() if m.name == f"vllm:mod_{n}") for n in ("kept", "routed")}
-    return found | totals
-
-
-def checkpoints(args: argparse.Namespace, directory: Path) -> dict[str, tuple[Path, dict[str, Any] | None]]:
-    total = SHAPES[args.shape]["num_hidden_layers"]
-    base = llama_config(directory / "base", **SHAPES[args.shape])
-    # Spread over the depth, so that kept and skipped layers alternate.
-    routed = sorted({total - 1 - round(i * total / args.routed) for i in range(args.routed)} - {0})[-args.routed :]
-    dropped = round(len(routed) * (1 - args.kept))
-    skipped = set(routed[:: max(len(routed) // max(dropped, 1), 1)][:dropped])
-    threshold = 0.5 if args.mixed else [1.0 if i in skipped else 0.0 for i in routed]
-    mod = routed_config(directory / "mod", base, args.granularity, routed, threshold)
-    static = routed_config(directory / "static", base, args.granularity.split("_")[0] + "_static", sorted(skipped))
-    return {"stock": (base, None), "keep": (mod, {"force": "keep"}), "mod": (mod, {}), "static": (static, None)}
-
-
-def measure(args: argparse.Namespace, directory: Path) -> dict[str, list[dict[str, float]]]:
+def engine_flags(args: argparse.Namespace) -> dict[str, Any]:
     longest = args.prompt + args.output_len
-    flags = {
-        "load_format": "dummy", "skip_tokenizer_init": True, "enforce_eager": not args.compile,
-        "max_model_len": longest,
-        "enable_prefix_caching": False, "enable_chunked_prefill": False, "max_num_batched_tokens": 4 * longest,
-        "block_size": 32, "max_num_seqs": max(args.requests, 16), "disable_log_stats": False,
+    return {
+        "load_format": "dummy", "skip_tokenizer_init": True, "enforce_eager": args.eager, "max_model_len": longest,
+        "enable_prefix_caching": False, "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(2 * longest, args.requests), "block_size": args.block_size,
+        "max_num_seqs": args.requests, "disable_log_stats": False,
         "kv_cache_memory_bytes": args.kv_cache_memory_bytes,
     }  # fmt: skip
-    spawn = multiprocessing.get_context("spawn")
-    engines = {}
-    for name, (model, mod) in checkpoints(args, directory).items():
-        progress(f"starting {name}")
-        engines[name] = ProcessPoolExecutor(1, mp_context=spawn)
-        engines[name].submit(start, str(model), mod, flags).result()
-    load = (args.requests, args.prompt, args.output_len)
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in SYSTEMS}
-    for repeat in range(args.repeats + 1):
-        for name in SYSTEMS[repeat % 4 :] + SYSTEMS[: repeat % 4]:  # nobody always goes first
-            result = engines[name].submit(run, *load).result()
-            progress(
-                f"{'warm-up' if repeat == 0 else f'repeat {repeat}'} {name}: {rate(result, args.workload):.0f} tokens/s"
-            )
-            if repeat:
-                runs[name].append(result)
-    for pool in engines.values():
-        pool.shutdown()
-    return runs
 
 
-def rate(result: dict[str, float], workload: str) -> float:
-    return result[f"{workload}_tokens"] / max(result[f"{workload}_s"], 1e-9)
-
-
-def compared(runs: dict[str, list[dict[str, float]]], workload: str) -> dict[str, Any]:
-    """Ratios of medians, and for each whether it exceeds what repeats of one system differ by."""
-    rates = {name: [rate(r, workload) for r in found] for name, found in runs.items()}
-    median = {name: statistics.median(found) for name, found in rates.items()}
-    spread = {name: (max(found) - min(found)) / median[name] for name, found in rates.items()}
-    ratios = {
-        "overhead": ("keep", "stock"),
-        "speedup": ("mod", "stock"),
-        "fraction_of_static": ("mod", "static"),
-        "ceiling": ("static", "stock"),
-    }
-    result: dict[str, Any] = {key: round(median[a] / median[b], 3) for key, (a, b) in ratios.items()}
-    unclear = [key for key, (a, b) in ratios.items() if abs(result[key] - 1) < max(spread[a], spread[b])]
-    last = runs["mod"][-1]
-    return {
-        "workload": workload,
-        "tokens_per_s": {name: round(value, 1) for name, value in median.items()},
-        "spread": {name: round(value, 3) for name, value in spread.items()},
-        "kept_ratio": round(last["kept"] / last["routed"], 3) if last["routed"] else None,
-        **result,
-        "not_significant": unclear,
-    }
-
-
-def main() -> None:
-    args = arguments()
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Times of each repeat per system, the kept ratio of `mod`, and how many requests ran at once."""
+    load = Load(args.requests, args.prompt, args.output_len)
+    found: dict[str, Any] = {"times": {}, "kept_ratio": None, "running": {}}
     with tempfile.TemporaryDirectory() as directory:
-        runs = measure(args, Path(directory))
-    result = compared(runs, args.workload)
-    others = compared(runs, "prefill" if args.workload == "decode" else "decode")
-    record = {"command": command("throughput"), "machine": machine(), "shape": SHAPES[args.shape], "result": result}
-    write_json(args.output, record | {"other_steps_of_the_same_run": others, "runs": runs})
-    rows = [[n, result["tokens_per_s"][n], f"{result['spread'][n]:.1%}"] for n in SYSTEMS]
-    progress(markdown_table(["system", f"{args.workload} tokens/s", "spread"], rows))
+        routed = routed_layers(SHAPES[args.shape].get("num_hidden_layers", 16), args.routed)
+        systems = four_systems(
+            Path(directory), SHAPES[args.shape], args.granularity, routed, args.kept, args.mixed
+        )  # fmt: skip
+        systems = {name: system for name, system in systems.items() if name in args.systems}
+        for group in [[name] for name in systems] if args.alone else [list(systems)]:
+            engines = {}
+            for name in group:
+                progress(f"starting {name}")
+                engines[name] = Engine(*systems[name], engine_flags(args))
+            if args.mixed and "mod" in engines:
+                progress("calibrating mod")
+                engines["mod"].calibrate(load, args.kept)
+            for repeat in range(args.repeats + 1):
+                before = engines["mod"].counts() if "mod" in engines else None
+                for name, times in run_in_turn(engines, load, repeat).items():
+                    progress(f"{repeat or 'warm-up':>7} {name:<7} {times.rate(args.workload):8.1f} tokens/s")
+                    if repeat:
+                        found["times"].setdefault(name, []).append(times)
+            for name, engine in engines.items():
+                found["running"][name] = engine.running()
+            if before is not None:
+                kept, pairs = (b - a for a, b in zip(before, engines["mod"].counts(), strict=True))
+                found["kept_ratio"] = round(kept / pairs, 4)
+            for engine in engines.values():
+                engine.stop()
+    return found
+
+
+def compared(times: dict[str, list[Times]], workload: str) -> dict[str, Any]:
+    """Medians over repeats; ratios repeat by repeat, because the machine's speed drifts between repeats."""
+    rates = {name: [t.rate(workload) for t in found] for name, found in times.items()}
+    result: dict[str, Any] = {
+        "workload": workload,
+        "tokens_per_s": {name: round(statistics.median(found), 1) for name, found in rates.items()},
+        "spread": {},
+    }
+    unclear = []
+    for key, (a, b) in RATIOS.items():
+        if a not in rates or b not in rates:
+            result[key] = None
+            continue
+        ratios = [x / y for x, y in zip(rates[a], rates[b], strict=True)]
+        result[key] = round(statistics.median(ratios), 3)
+        result["spread"][key] = round((max(ratios) - min(ratios)) / statistics.median(ratios), 3)
+        if len(ratios) < 3 or min(ratios) <= 1 <= max(ratios):
+            unclear.append(key)
+    return result | {"not_significant": unclear}
+
+
+def point(args: argparse.Namespace) -> dict[str, Any]:
+    """One measurement, with all that its number depends on."""
+    found = measure(args)
+    result = compared(found["times"], args.workload) | {"kept_ratio": found["kept_ratio"], "notes": []}
+    dropped = args.routed * (1 - args.kept)
+    if "static" in args.systems and not _whole(dropped):
+        result["notes"].append(f"static drops {round(dropped)} layers, {dropped:g} would match: not comparable")
+    if found["kept_ratio"] is not None and abs(found["kept_ratio"] - args.kept) > 0.5 / args.requests:
+        result["notes"].append(f"kept ratio {found['kept_ratio']} instead of {args.kept}")
+    if args.workload == "pool":
+        result["running"] = found["running"]
+        if "stock" in found["running"] and found["running"]["stock"] >= args.requests:
+            result["notes"].append("all requests ran at once: the KV memory was no limit")
+    steps = {
+        name: {kind: round(1e3 * statistics.median(s for t in runs for s in t.steps[kind]), 3)
+               for kind in ("prefill", "decode") if runs[0].steps[kind]}
+        for name, runs in found["times"].items()
+    }  # fmt: skip
+    return result | {"median_step_ms": steps}
+
+
+def plot(points: Sequence[dict[str, Any]], args: argparse.Namespace, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    labels = {"prompt": "prompt tokens", "kept": "kept ratio of the routed layers", "requests": "requests at once"}
+    lines = {"ceiling": ("static drop (ceiling)", "#999999", "--"), "speedup": ("routed", "#0072B2", "-"),
+             "overhead": ("all routers keep", "#D55E00", ":")}  # fmt: skip
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for key, (label, colour, style) in lines.items():
+        shown = [(x, p[key], p["spread"][key]) for x, p in zip(args.values, points, strict=True) if p[key]]
+        if shown:
+            x, y, spread = zip(*shown, strict=True)
+            error = [value * s / 2 for value, s in zip(y, spread, strict=True)]
+            axes.errorbar(x, y, yerr=error, label=label, color=colour, linestyle=style, marker="o", capsize=3)
+    axes.axhline(1, color="black", linewidth=0.8)
+    if args.sweep != "kept":
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(args.values, [f"{v:g}" for v in args.values])
+    axes.set_xlabel(labels[args.sweep])
+    axes.set_ylabel(f"{args.workload} tokens/s, stock = 1")
+    axes.set_title(f"{args.shape}, {args.routed} layers routed, {args.granularity}", fontsize=10)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    progress(f"wrote {path}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    record = {"command": command("throughput"), "machine": machine(), "shape": SHAPES[args.shape]}
+    if args.sweep:
+        points = []
+        for value in args.values:
+            setattr(args, args.sweep, value if args.sweep == "kept" else int(value))
+            progress(f"{args.sweep} = {value:g}")
+            points.append(point(args))
+            points[-1][args.sweep] = value
+            write_json(args.output, record | {"points": points})  # what is done stays
+        plot(points, args, args.output.with_suffix(".png"))
+        table = [
+            [f"{p[args.sweep]:g}", *(p[key] for key in RATIOS), ", ".join(p["not_significant"]) or "-"] for p in points
+        ]
+        progress(markdown_table([args.sweep, *RATIOS, "not significant"], table))
+        print(json.dumps({"workload": args.workload, "sweep": args.sweep, "points": points}))
+        return
+    result = point(args)
+    write_json(args.output, record | {"result": result})
+    rows = [[n, rate, result["median_step_ms"][n].get("decode")] for n, rate in result["tokens_per_s"].items()]
+    progress(markdown_table(["system", f"{args.workload} tokens/s", "decode step ms"], rows))
     print(json.dumps(result))
 
 

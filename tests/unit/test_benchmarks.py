@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import kv_capacity, scheduler_cost
+from benchmarks import engines, kv_capacity, scaling, scheduler_cost, shapes, throughput
 from benchmarks.common import isolated, llama_config, machine, markdown_table, routed_config
 
 
@@ -63,7 +63,14 @@ def test_scheduler_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.parametrize(
     ("module", "wrong"),
-    [(scheduler_cost, ["--steps", "17"]), (kv_capacity, ["--skip-share", "0.7"])],
+    [
+        (scheduler_cost, ["--steps", "17"]),
+        (kv_capacity, ["--skip-share", "0.7"]),
+        (throughput, ["--kept", "0.3"]),  # 8 routed layers
+        (throughput, ["--kept", "1.5"]),
+        (throughput, ["--routed", "16"]),
+        (scaling, ["--routed", "3"]),
+    ],
 )
 def test_wrong_options_are_explained(module: Any, wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
@@ -86,3 +93,45 @@ def test_a_quarter_skipped_is_a_third_more_requests(tmp_path: Path, capsys: pyte
     assert line["kept_ratio"] == 0.5 and line["leaked_pages"] == 0
     assert line["max_running"]["keep"] == line["max_running"]["stock"]
     assert line["ratio"] >= 1.30
+
+
+@pytest.mark.parametrize(("total", "number"), [(16, 8), (32, 16), (8, 4), (12, 5)])
+def test_layers_are_spread(total: int, number: int) -> None:
+    routed = shapes.routed_layers(total, number)
+    assert len(routed) == number and min(routed) > 0 and max(routed) < total
+    for skipped in range(number + 1):
+        found = shapes.skipped_layers(routed, 1 - skipped / number)
+        assert len(found) == len(set(found)) == skipped and set(found) <= set(routed)
+
+
+def times(prefill: float, decode: float) -> engines.Times:
+    found = engines.Times(requests=2)
+    found.add("prefill", 20, prefill)
+    found.add("decode", 2, decode)
+    found.add("decode", 2, decode)
+    return found
+
+
+def test_rates() -> None:
+    found = times(4.0, 1.0)
+    assert found.rate("prefill") == 5 and found.rate("decode") == 2
+    assert found.rate("pool") == 1  # two first tokens come from prefill: 6 in 6 seconds
+
+
+def test_a_ratio_on_both_sides_of_one_is_not_significant() -> None:
+    stock = [times(1, 1.0), times(1, 2.0), times(1, 1.0)]  # the machine was slow in the second repeat
+    mod = [times(1, 0.8), times(1, 1.6), times(1, 0.8)]
+    keep = [times(1, 1.1), times(1, 1.9), times(1, 1.0)]
+    result = throughput.compared({"stock": stock, "mod": mod, "keep": keep}, "decode")
+    assert result["speedup"] == 1.25 and result["spread"]["speedup"] == 0
+    assert result["not_significant"] == ["overhead"]
+    assert result["ceiling"] is None and result["fraction_of_static"] is None
+    few = throughput.compared({"stock": stock[:2], "mod": mod[:2]}, "decode")
+    assert few["not_significant"] == ["speedup"]  # two repeats say nothing of noise
+
+
+def test_a_cutoff_between_scores() -> None:
+    scores = [-2.0, -1.0, 1.0, 3.0]
+    for skipped in range(5):
+        cutoff = engines._between(scores, skipped)
+        assert sum(s < cutoff for s in scores) == skipped

@@ -1,0 +1,197 @@
+"""vLLM engines in processes of their own, stepped in turn.
+
+On a shared machine the speed of everything drifts by more than what is to be measured. So engines take turns *step by
+step*: each sees the same weather. Only the steps themselves are timed, inside vLLM's own engine loop
+(`LLMEngine.step`), with all of scheduling, model and sampling in them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_state: dict[str, Any] = {}  # of an engine's own process
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests that are submitted at once."""
+
+    requests: int
+    prompt: int  #: tokens
+    output: int  #: tokens, exactly
+
+    def prompts(self) -> list[list[int]]:
+        # One token repeated: random routers then decide otherwise for another request.
+        return [[7 + number % 400] * self.prompt for number in range(self.requests)]
+
+
+@dataclass
+class Times:
+    """What the steps of one run took. A step is `prefill` if any request of it had more than one token."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: {"prefill": 0.0, "decode": 0.0})
+    tokens: dict[str, int] = field(default_factory=lambda: {"prefill": 0, "decode": 0})
+    steps: dict[str, list[float]] = field(default_factory=lambda: {"prefill": [], "decode": []})
+    requests: int = 0
+
+    def add(self, kind: str, tokens: int, seconds: float) -> None:
+        self.seconds[kind] += seconds
+        self.tokens[kind] += tokens
+        self.steps[kind].append(seconds)
+
+    def rate(self, workload: str) -> float:
+        """Tokens per second: of `prefill` or `decode` steps, or of `pool`: generated tokens over the whole run."""
+        if workload == "pool":
+            return (self.tokens["decode"] + self.requests) / sum(self.seconds.values())
+        return self.tokens[workload] / max(self.seconds[workload], 1e-9)
+
+
+class Engine:
+    """One `LLM` in a process of its own; it works only while it is asked to."""
+
+    def __init__(self, model: Path, mod: dict[str, Any] | None, flags: dict[str, Any]) -> None:
+        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        self._call(_start, str(model), mod, flags)
+
+    def _call(self, function: Any, *args: Any) -> Any:
+        return self._pool.submit(function, *args).result()
+
+    def calibrate(self, load: Load, kept: float) -> None:
+        """Set each routed layer's threshold so that `kept` of these requests keep it."""
+        self._call(_calibrate, load, kept)
+
+    def submit(self, load: Load) -> None:
+        self._call(_submit, load)
+
+    def step(self) -> tuple[str, int, float] | None:
+        """(kind, tokens, seconds) of one engine step; None when nothing is left to do."""
+        return self._call(_step)
+
+    def counts(self) -> tuple[float, float]:
+        """(kept, routed) pairs since the start."""
+        return self._call(_counts)
+
+    def running(self) -> int:
+        """Most requests that one step of the last load had."""
+        return self._call(_running)
+
+    def stop(self) -> None:
+        self._pool.shutdown()
+
+
+def run_in_turn(engines: dict[str, Engine], load: Load, first: int = 0) -> dict[str, Times]:
+    """The same load on each engine, a step of one after a step of the other; `first` rotates who begins."""
+    for engine in engines.values():
+        engine.submit(load)
+    names = list(engines)
+    order = names[first % len(names) :] + names[: first % len(names)]
+    times = {name: Times(requests=load.requests) for name in names}
+    busy = set(names)
+    while busy:
+        for name in [n for n in order if n in busy]:
+            step = engines[name].step()
+            if step is None:
+                busy.remove(name)
+            else:
+                times[name].add(*step)
+    return times
+
+
+# ---------------------------------------------------------------- in the engine's process
+
+
+def _start(model: str, mod: dict[str, Any] | None, flags: dict[str, Any]) -> None:
+    os.dup2(2, 1)  # vLLM logs to stdout, whose last line is the benchmark's
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    from vllm import LLM
+
+    llm = LLM(model, **flags, **({} if mod is None else {"additional_config": {"mod": mod}}))
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    schedule, scheduled = scheduler.schedule, []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        step = schedule(*args, **kwargs)
+        scheduled.append(tuple(step.num_scheduled_tokens.values()))
+        return step
+
+    scheduler.schedule = watched
+    _state.update(llm=llm, scheduled=scheduled, number=itertools.count())
+
+
+def _submit(load: Load) -> None:
+    from vllm import SamplingParams
+
+    _state["most"] = 0
+    params = SamplingParams(temperature=0, max_tokens=load.output, ignore_eos=True, detokenize=False)
+    for prompt in load.prompts():
+        _state["llm"].llm_engine.add_request(str(next(_state["number"])), {"prompt_token_ids": prompt}, params)
+
+
+def _step() -> tuple[str, int, float] | None:
+    engine, scheduled = _state["llm"].llm_engine, _state["scheduled"]
+    if not engine.has_unfinished_requests():
+        return None
+    scheduled.clear()
+    begin = time.perf_counter()
+    engine.step()
+    seconds = time.perf_counter() - begin
+    counts = [n for step in scheduled for n in step]
+    _state["most"] = max(_state["most"], *(len(step) for step in scheduled), 0)
+    return "prefill" if counts and max(counts) > 1 else "decode", sum(counts), seconds
+
+
+def _counts() -> tuple[float, float]:
+    metrics = _state["llm"].get_metrics()
+    kept, routed = (sum(m.value for m in metrics if m.name == f"vllm:mod_{n}") for n in ("kept", "routed"))
+    return kept, routed
+
+
+def _running() -> int:
+    return _state["most"]
+
+
+def _calibrate(load: Load, kept: float) -> None:
+    """Layer by layer, because what a layer decides changes what the next ones see."""
+    from vllm_mod import requests
+
+    model = _state["llm"].llm_engine.model_executor.driver_worker.worker.model_runner.model
+    routes = [route for module in model.modules() if (route := vars(module).get("route")) is not None]
+    routes.sort(key=lambda route: route.column)
+    decide, scores = requests.keeps, []
+
+    def recording(found: Any, cutoff: float) -> Any:
+        scores.append(found)
+        return decide(found, cutoff)
+
+    for route in routes:
+        route.cutoff = float("-inf")
+    requests.keeps = recording  # type: ignore[assignment]
+    try:
+        for number, route in enumerate(routes):
+            route.cutoff = 0.0
+            scores.clear()
+            _submit(Load(load.requests, load.prompt, 1))
+            while _step():
+                pass
+            # Layers up to this one have a cutoff, and score once per prefill step.
+            found = sorted(float(s) for step in scores[number :: number + 1] for s in step)
+            route.cutoff = _between(found, round((1 - kept) * len(found)))
+    finally:
+        requests.keeps = decide
+
+
+def _between(scores: Sequence[float], skipped: int) -> float:
+    """A cutoff that the `skipped` lowest of the ascending `scores` miss."""
+    if skipped <= 0:
+        return float("-inf")
+    if skipped >= len(scores):
+        return float("inf")
+    return (scores[skipped - 1] + scores[skipped]) / 2
