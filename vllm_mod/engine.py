@@ -178,6 +178,12 @@ def make_settings(vllm_config: VllmConfig, config: ModConfig) -> None:
             "%s: with LoRA, linears run on the whole batch (skipped rows save attention and KV only)",
             config.granularity,
         )
+    capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
+    if capability is not None and capability.major >= 10 and vllm_config.attention_config.backend is None:
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+        logger.info("%s: attention backend TRITON_ATTN (vLLM prefers FlashInfer on this GPU)", config.granularity)
+        vllm_config.attention_config.backend = AttentionBackendEnum.TRITON_ATTN
     kernels = vllm_config.kernel_config
     if config.target == "expert" and kernels.moe_backend == "auto" and not current_platform.is_cpu():
         logger.info("expert_token: MoE backend triton (experts are chosen outside its kernel)")
@@ -188,7 +194,10 @@ def make_settings(vllm_config: VllmConfig, config: ModConfig) -> None:
 
 
 def _set_compilation(vllm_config: VllmConfig) -> None:
-    """Routed sublayers run eagerly between compiled pieces, never inside a CUDA graph: their row count varies."""
+    """FULL CUDA graphs hold decode steps of one token per request (see `decode`).
+
+    In all other steps routed sublayers run eagerly between compiled pieces: their row count varies.
+    """
     from vllm.config.compilation import CUDAGraphMode
     from vllm.platforms import current_platform
 
@@ -202,10 +211,14 @@ def _set_compilation(vllm_config: VllmConfig) -> None:
             "vllm::unified_mla_kv_cache_update",
             *(f"vllm_mod::{op}" for op in OPS),
         ]
-    if compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE):
-        logger.info("routed models: CUDA graphs PIECEWISE (%s asked for)", compilation.cudagraph_mode.name)
-    if compilation.cudagraph_mode is not CUDAGraphMode.NONE:
-        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    mode = None
+    if vllm_config.speculative_config is not None:
+        mode = CUDAGraphMode.PIECEWISE  # a decode step has several tokens per request
+    elif compilation.cudagraph_mode is CUDAGraphMode.FULL:
+        mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    if mode is not None and compilation.cudagraph_mode is not CUDAGraphMode.NONE:
+        logger.info("routed models: CUDA graphs %s (the number of rows varies in other steps)", mode.name)
+        compilation.cudagraph_mode = mode
 
 
 def _channel() -> Any:

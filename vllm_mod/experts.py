@@ -17,6 +17,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExpertsOrder
 
 from .config import ConfigError
+from .decode import DecodeStep
 from .gate import keeps, pair_scores
 from .routing import Route
 from .sublayers import route_mlp, swap_class
@@ -26,7 +27,7 @@ def kept_pairs(route: Route, x: Tensor, experts: Tensor) -> Tensor | None:
     """Which (token, expert) pairs of one layer are kept; None means all.
 
     x: `[>= N, hidden]`, the MoE layer's normed input. experts: int `[>= N, K]`, as selected. Returns bool `[>= N, K]`,
-    False at padding.
+    on the host, False at padding.
     """
     batch, counts = route.routing.batch, route.routing.counts
     assert batch is not None
@@ -35,12 +36,20 @@ def kept_pairs(route: Route, x: Tensor, experts: Tensor) -> Tensor | None:
     if route.cutoff == float("-inf"):
         counts.add(route.layer, pairs, pairs)
         return None
-    keep = torch.zeros(experts.shape, dtype=torch.bool, device=x.device)
+    keep = torch.zeros(experts.shape, dtype=torch.bool)
     if route.cutoff != float("inf"):
-        keep[:total] = keeps(pair_scores(x[:total], route.router.weight, experts[:total]), route.cutoff)
+        # On the host, because the number of rows to compute must be known there: the one wait of this layer.
+        keep[:total] = keeps(pair_scores(x[:total], route.router.weight, experts[:total]), route.cutoff).cpu()
     number = int(keep.sum())
     counts.add(route.layer, number, pairs)
     return None if number == pairs else keep
+
+
+def _kept_in_decode(route: Route, step: DecodeStep, x: Tensor, experts: Tensor) -> Tensor:
+    """As `kept_pairs`, without waiting for the device."""
+    keep = keeps(pair_scores(x, route.router.weight, experts), route.cutoff)
+    step.count_pairs(route, keep[: step.rows])
+    return keep
 
 
 class _GatedExperts:
@@ -58,13 +67,16 @@ class _GatedExperts:
         shared_experts_input: Tensor | None = None,
     ) -> Any:
         """x: `[tokens, hidden]`. topk_weights, topk_ids: `[tokens, K]`. Returns `[tokens, hidden]`."""
-        routed = self.route.routing.batch is not None
-        keep = kept_pairs(self.route, x, topk_ids) if routed else None
-        shared = (shared_experts, shared_experts_input)
+        shared, batch = (shared_experts, shared_experts_input), self.route.routing.batch
+        if batch is not None and batch.decode is not None:
+            # Static shapes: a skipped pair is computed and weighs 0.
+            topk_weights = topk_weights * _kept_in_decode(self.route, batch.decode, x, topk_ids)
+            return self.Stock.forward_modular(self, x, topk_weights, topk_ids, *shared)
+        keep = None if batch is None else kept_pairs(self.route, x, topk_ids)
         if keep is None:
             return self.Stock.forward_modular(self, x, topk_weights, topk_ids, *shared)
         output = x.new_zeros(*topk_ids.shape, x.shape[-1])
-        tokens, places = keep.nonzero(as_tuple=True)
+        tokens, places = (batch.upload(i) for i in keep.nonzero(as_tuple=True))  # type: ignore[union-attr]
         if len(tokens):
             pair = (tokens, places, None)
             output[tokens, places] = self.Stock.forward_modular(

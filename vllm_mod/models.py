@@ -47,9 +47,10 @@ class MoDModel(nn.Module):
             self.routing.paged_layers = share_pages(self, vllm_config)
         if self.routing.state is not None:
             allocate_whole_rows(self)
+        self.routing.static_decode = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         for module in self.modules():
             if isinstance(module, Attention):
-                module.attn_backend = batch_backend(module.attn_backend)
+                module.attn_backend, module.mod_routing = batch_backend(module.attn_backend), self.routing
 
     def _layers_to_change(self) -> dict[int, nn.Module]:
         """Routed layers that live on this pipeline rank; ConfigError if the architecture is of another kind."""
@@ -98,10 +99,10 @@ def _install(
         if index not in layers:
             continue
         layer = layers[index]
-        routing.columns.append(column)
         rows = (shape.num_experts or 0) if config.target == "expert" else 1
         layer.router = Router(shape.hidden_size, rows)
         route = Route(index, column, layer.router, cutoff, routing)
+        routing.routes.append(route)
         for name in _SUBLAYERS[config.target]:
             turn = route_attention if name == "self_attn" else route_experts if config.target == "expert" else route_mlp
             turn(getattr(layer, name), f"model.layers.{index}.{name}", route, forward_context)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
-from .gate import keeps, segment_means, token_scores
+from .gate import keeps, segment_means
+from .kernels import row_scores
 
 
 class Channel(Protocol):
@@ -23,41 +24,39 @@ class Channel(Protocol):
 
 
 class AnchorTable:
-    """A row of `width` values per anchor, grown as blocks come into use."""
+    """A row of `width` values per anchor, on the device, at one address for as long as the KV cache lives."""
 
     def __init__(self, width: int, dtype: torch.dtype) -> None:
-        self._rows = torch.zeros(0, width, dtype=dtype)
+        self.rows = torch.zeros(0, width, dtype=dtype)
 
-    def reach(self, anchors: Tensor) -> None:
-        if anchors.numel() and (need := int(anchors.max()) + 1) > len(self._rows):
-            old = self._rows
-            self._rows = old.new_zeros(max(need, 2 * len(old)), old.shape[1])
-            self._rows[: len(old)] = old
+    def allocate(self, num_blocks: int, device: torch.device) -> None:
+        self.rows = self.rows.new_zeros(num_blocks, self.rows.shape[1], device=device)
 
     def read(self, anchors: Tensor) -> Tensor:
-        return self._rows[anchors]
+        """Host copy of the rows of `anchors` (on the device); waits for it."""
+        return self.rows[anchors].cpu()
 
     def write(self, anchors: Tensor, values: Tensor) -> None:
-        self._rows[anchors] = values
+        """values: on the host."""
+        self.rows[anchors] = values.to(self.rows.device, non_blocking=True)
 
 
 class SequenceDecisions:
     """One decision per request and routed layer, taken over the prompt and frozen, also across preemption."""
 
     def __init__(self, num_routed: int) -> None:
-        self._running = AnchorTable(num_routed, torch.bool)
+        self.running = AnchorTable(num_routed, torch.bool)
         self._by_request: dict[str, Tensor] = {}  # outlives a preemption, ends with the request
 
     def open(self, batch: Batch, channel: Channel | None) -> None:
         """Look up the decisions of all requests of this forward; those of first prefills are still to take."""
         self._batch = batch
-        anchors = batch.anchors_host
-        self._running.reach(anchors)
-        self.keep = self._running.read(anchors)  # host, bool [R, routed]
-        self.fresh = (batch.computed_host == 0).nonzero().flatten()
+        self.keep = self.running.read(batch.anchors)  # host, bool [R, routed]
+        self.fresh = batch.fresh_host
+        anchors = batch.anchors[self.fresh.to(batch.device)].tolist() if self.fresh.numel() else []
         undecided, lengths, self.new_requests = [], [], []
-        for row in self.fresh.tolist():
-            told = channel.prefill(int(anchors[row])) if channel else None
+        for row, anchor in zip(self.fresh.tolist(), anchors, strict=True):
+            told = channel.prefill(anchor) if channel else None
             request, prompt_len = told or (None, int(batch.lengths_host[row]))
             if request in self._by_request:
                 self.keep[row] = self._by_request[request]
@@ -71,14 +70,10 @@ class SequenceDecisions:
             lengths.append(prompt_len)
             self.new_requests.append(request)
         self.undecided = torch.tensor(undecided, dtype=torch.long)
-        self._prompt_lengths = torch.tensor(lengths, dtype=torch.long, device=batch.device)
-        self._prompt_rows = self._rows_of_prompts(batch)
-
-    def _rows_of_prompts(self, batch: Batch) -> Tensor:
-        starts = batch.starts_host[self.undecided].to(batch.device)
-        lengths = self._prompt_lengths
-        offsets = torch.arange(int(lengths.sum()), device=batch.device)
-        return offsets + torch.repeat_interleave(starts - (lengths.cumsum(0) - lengths), lengths)
+        prompts = torch.tensor(lengths, dtype=torch.long)
+        before = batch.starts_host[self.undecided] - (prompts.cumsum(0) - prompts)
+        rows = torch.arange(int(prompts.sum())) + torch.repeat_interleave(before, prompts)
+        self._prompt_lengths, self._prompt_rows = batch.upload(prompts), batch.upload(rows)
 
     def decide(self, column: int, x: Tensor, weight: Tensor, cutoff: float) -> Tensor:
         """Keep mask (host, bool `[R]`) of one routed layer; waits for the device only if a prompt is undecided."""
@@ -86,18 +81,28 @@ class SequenceDecisions:
             if abs(cutoff) == float("inf"):
                 self.keep[self.undecided, column] = cutoff < 0
             else:
-                scores = token_scores(x[self._prompt_rows], weight)
+                scores = row_scores(x, weight)[self._prompt_rows]
                 self.keep[self.undecided, column] = keeps(segment_means(scores, self._prompt_lengths), cutoff).cpu()
         return self.keep[:, column]
 
     def close(self) -> None:
         """Freeze what this forward decided."""
         if self.fresh.numel():
-            self._running.write(self._batch.anchors_host[self.fresh], self.keep[self.fresh])
+            self.running.write(self._batch.anchors[self.fresh.to(self._batch.device)], self.keep[self.fresh])
         for row, request in zip(self.undecided.tolist(), self.new_requests, strict=True):
             if request is not None:
                 self._by_request[request] = self.keep[row].clone()
         del self._batch
+
+    def collect(self, anchors: Tensor, channel: Channel) -> tuple[list[str], Tensor]:
+        """Decisions that a decode step took on the device, of one-token prompts: request ids, keep `[n, routed]`."""
+        keep, found = self.running.read(anchors), []
+        for row, anchor in enumerate(anchors.tolist()):
+            told = channel.prefill(anchor)
+            if told is not None and told[0] not in self._by_request:
+                self._by_request[told[0]] = keep[row]
+                found.append((told[0], row))
+        return [request for request, _ in found], keep[[row for _, row in found]]
 
     def forget(self, finished: set[str]) -> None:
         for request in finished:
@@ -108,23 +113,22 @@ class PackedCounts:
     """How many tokens of each request have KV in each routed layer, where the kept ones are packed."""
 
     def __init__(self, num_routed: int) -> None:
-        self._running = AnchorTable(num_routed, torch.int64)
+        self.running = AnchorTable(num_routed, torch.int32)
 
     def open(self, batch: Batch, channel: Channel | None) -> None:
         self._batch = batch
-        self._running.reach(batch.anchors_host)
-        self.stored = self._running.read(batch.anchors_host)  # host, [R, routed]
-        self.stored[batch.computed_host == 0] = 0
+        self.stored = self.running.read(batch.anchors).long()  # host, [R, routed]
+        self.stored[batch.fresh_host] = 0
 
     def column(self, column: int) -> Tensor:
-        """int64 `[R]` on the device; a copy, `add` does not change it."""
-        return self.stored[:, column].to(self._batch.device, copy=True)
+        """int64 `[R]`, host; a copy, `add` does not change it."""
+        return self.stored[:, column].clone()
 
     def add(self, column: int, counts: Tensor) -> None:
-        self.stored[:, column] += counts.cpu()
+        self.stored[:, column] += counts
 
     def close(self) -> None:
-        self._running.write(self._batch.anchors_host, self.stored)
+        self.running.write(self._batch.anchors, self.stored.int())
         del self._batch
 
     def forget(self, finished: set[str]) -> None:

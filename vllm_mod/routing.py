@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,14 +12,19 @@ import torch
 from torch import Tensor, nn
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.forward_context import get_forward_context
+from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from .batch import Batch, Subset, with_table
 from .config import ModConfig
-from .gate import keeps, token_scores
+from .decode import DecodeBuffers, DecodeStep
+from .gate import keeps
+from .kernels import row_scores
 from .kv.connector import MoDConnector
 from .requests import PackedCounts, SequenceDecisions
 from .stats import RoutingCounts
 
+#: Seconds between two readings of counters that are on a GPU.
+COUNTS_EVERY = 1.0
 ALL, NONE = "all", "none"
 #: Rows that keep a sublayer: the short ways, or a proper subset.
 Kept = Subset | str
@@ -38,12 +44,17 @@ class Routing:
     def __init__(self, config: ModConfig) -> None:
         self.config = config
         self.batch: Batch | None = None
-        #: positions in `config.layers` of the layers on this pipeline rank
-        self.columns: list[int] = []
+        #: the routed layers on this pipeline rank
+        self.routes: list[Route] = []
         #: LoRA kernels know a row's adapter by its place in the batch: no row may be taken out before a linear
         self.whole_batch_linears = False
         #: attention layers that share pages, in table order; None with vLLM's own allocation
         self.paged_layers: list[str] | None = None
+        #: decode steps keep static shapes, for FULL CUDA graphs (see `decode`)
+        self.static_decode = False
+        self._decode: DecodeBuffers | None = None
+        self._step: DecodeStep | None = None  #: of this step, if it is one
+        self._unread, self._read_next = 0, 0.0  #: decode rows that only the device has counted; when to ask it
         self.counts = RoutingCounts(config.layers)
         self.state: SequenceDecisions | PackedCounts | None = None
         if config.level == "sequence":
@@ -51,20 +62,45 @@ class Routing:
         elif config.packs_kv:
             self.state = PackedCounts(len(config.layers))
 
+    def start(self, vllm_config: Any, block_size: int, device: torch.device) -> None:
+        """Called by each metadata builder, once the size of the KV cache is known."""
+        if self.state is not None:
+            self.state.running.allocate(vllm_config.cache_config.num_gpu_blocks, device)
+        self._decode = DecodeBuffers(self, vllm_config, block_size, device)
+
+    def prepare(self, batch: Batch, cm: CommonAttentionMetadata) -> None:
+        """Before each step, outside of any graph: `forward` does not run where one is replayed."""
+        channel, self._step = _channel(), None
+        if channel is not None:
+            channel.attach(self)
+        if self.static_decode and cm.max_query_len == 1:
+            assert self._decode is not None
+            batch.decode = self._step = DecodeStep(self._decode, batch, cm)
+
     @contextmanager
     def forward(self) -> Iterator[None]:
         """Around the model's forward. Without attention metadata (profiling, warm-up) nothing is routed."""
         context = get_forward_context()
         metadata: Any = context.attn_metadata
-        batch = next(iter(metadata.values())).mod_batch if metadata else None
-        if batch is None:
-            yield
-            return
-        channel = _channel()
-        if channel is not None:
-            channel.attach(self)
-        self.batch = batch
+        self.batch = next(iter(metadata.values())).mod_batch if metadata else None
+        try:
+            if self.batch is None:
+                yield
+            elif self.batch.decode is not None:
+                slots: Any = context.slot_mapping
+                context.attn_metadata, context.slot_mapping = self.batch.decode.contexts(metadata, slots)
+                yield
+            else:
+                with self._compacting(self.batch):
+                    yield
+        finally:
+            self.batch = None
+
+    @contextmanager
+    def _compacting(self, batch: Batch) -> Iterator[None]:
+        context, channel = get_forward_context(), _channel()
         if self.paged_layers is not None:
+            metadata: Any = context.attn_metadata
             pages = batch.split_pages(self.paged_layers)
             shared = metadata[self.paged_layers[0]]
             tables = zip(pages.names, pages.tables, strict=True)
@@ -72,19 +108,44 @@ class Routing:
             context.slot_mapping = dict(zip(pages.names, pages.slots, strict=True))
         if self.state is not None:
             self.state.open(batch, channel)
-        try:
-            yield
-            if self.state is not None:
-                self.state.close()
-        finally:
-            self.batch = None
+        yield
+        if self.state is not None:
+            self.state.close()
         if isinstance(self.state, SequenceDecisions):
-            decided = self.state.keep[self.state.undecided]
-            for column, kept in enumerate(decided.sum(0).tolist()):
-                if column in self.columns:
-                    self.counts.add(self.config.layers[column], kept, len(decided))
-            if channel is not None and self.paged_layers is not None:
-                channel.publish(self.state.new_requests, decided)
+            self._tell(channel, self.state.new_requests, self.state.keep[self.state.undecided])
+
+    def collect(self, channel: MoDConnector) -> None:
+        """After each step: what a decode step, perhaps a replayed graph, decided on the device."""
+        step, self._step = self._step, None
+        if step is None:
+            return
+        if isinstance(self.state, SequenceDecisions):
+            rows = step.batch.fresh_host
+            if rows.numel():
+                anchors = step.batch.anchors[rows.to(step.batch.device)]
+                self._tell(channel, *self.state.collect(anchors, channel))
+        else:
+            self._unread += step.batch.num_requests
+            self._read_counts()
+
+    def _read_counts(self) -> None:
+        """Move the device's counters to the host; now and then, because it waits for the device."""
+        assert self._decode is not None
+        if self._decode.kept.device.type != "cpu" and time.monotonic() < self._read_next:
+            return
+        kept = self._decode.kept.tolist()
+        for route in self.routes:
+            self.counts.add(route.layer, kept[route.column], self._unread * self._decode.places)
+        self._decode.kept.zero_()
+        self._unread, self._read_next = 0, time.monotonic() + COUNTS_EVERY
+
+    def _tell(self, channel: MoDConnector | None, requests: Sequence[str | None], keep: Tensor) -> None:
+        """Count decisions just taken, and send them to the scheduler; keep: host, bool `[requests, routed]`."""
+        kept = keep.sum(0).tolist()
+        for route in self.routes:
+            self.counts.add(route.layer, kept[route.column], len(keep))
+        if channel is not None and self.paged_layers is not None:
+            channel.publish(requests, keep)
 
 
 def _channel() -> MoDConnector | None:
@@ -138,16 +199,16 @@ class Route:
         if self.cutoff == float("inf"):
             self.routing.counts.add(self.layer, 0, total)
             return NONE
-        keep = keeps(token_scores(x[:total], self.router.weight), self.cutoff)
+        keep = keeps(row_scores(x[:total], self.router.weight), self.cutoff).cpu()
         number = int(keep.sum())
         self.routing.counts.add(self.layer, number, total)
         if number == 0:
             return NONE
         if not with_attention:
-            return ALL if number == total else Subset(keep.nonzero().flatten())
+            return ALL if number == total else Subset(batch.upload(keep.nonzero().flatten()))
         assert isinstance(state, PackedCounts)
         stored = state.column(self.column)
         state.add(self.column, batch.tokens_per_request(keep))
-        if number == total and torch.equal(stored.cpu(), batch.computed_host):
+        if number == total and torch.equal(stored, batch.computed_host):
             return ALL
         return batch.packed_tokens(keep, stored)

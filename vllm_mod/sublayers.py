@@ -27,8 +27,9 @@ from vllm.utils.torch_utils import (
     direct_register_custom_op,
 )
 
-from .batch import Subset, attending
+from .batch import Batch, Subset, attending
 from .config import ConfigError
+from .decode import DecodeStep
 from .routing import ALL, Route
 
 _library = Library("vllm_mod", "FRAGMENT")
@@ -65,16 +66,31 @@ class _Routed:
     def run(self, output: Tensor, *inputs: Tensor) -> None:
         """Fill `output` `[tokens, hidden]`: the sublayer's on kept rows, zero elsewhere."""
         batch = self.route.routing.batch
-        kept = ALL if batch is None else self.route.kept(inputs[-1], self.with_attention)  # type: ignore[attr-defined]
-        if kept == ALL:
-            output.copy_(self.stock_forward(*inputs))  # type: ignore[attr-defined]
+        if batch is not None and batch.decode is not None and self.route.routing.config.target != "expert":
+            self._decode(batch.decode, output, *inputs)
         else:
-            output.zero_()
-            if not isinstance(kept, str):
-                output[kept.tokens] = self._kept_rows(kept, *inputs)
+            self._compact(batch, output, *inputs)
         if self.reduce_after:
             # Only now, on all rows: ranks can never wait for each other, whatever each of them kept.
             output.copy_(tensor_model_parallel_all_reduce(output))
+
+    def _compact(self, batch: Batch | None, output: Tensor, *inputs: Tensor) -> None:
+        kept = ALL if batch is None else self.route.kept(inputs[-1], self.with_attention)  # type: ignore[attr-defined]
+        if kept == ALL:
+            output.copy_(self.stock_forward(*inputs))  # type: ignore[attr-defined]
+            return
+        output.zero_()
+        if not isinstance(kept, str):
+            output.index_copy_(0, kept.tokens, self._kept_rows(kept, *inputs))
+
+    def _decode(self, step: DecodeStep, output: Tensor, *inputs: Tensor) -> None:
+        """At static shapes, see `decode`. A skipped row's attention is undefined, so it is replaced, not multiplied."""
+        follows = self.route.routing.config.target == "block" and not self.with_attention  # type: ignore[attr-defined]
+        keep = step.keep(self.route) if follows else step.decide(self.route, inputs[-1])
+        rows = len(keep)
+        result = self.masked_stock_forward(step, *inputs)  # type: ignore[attr-defined]
+        output[rows:].zero_()
+        torch.where(keep[:, None], result[:rows], result.new_zeros(()), out=output[:rows])
 
     def _kept_rows(self, kept: Subset, *inputs: Tensor) -> Tensor:
         """The sublayer's output on `kept.tokens`."""
@@ -100,6 +116,12 @@ class _RoutedAttention(_Routed):
         with attending(get_forward_context(), self.route.kv_layer, kept):
             return self.stock_forward(positions, hidden_states)
 
+    def masked_stock_forward(self, step: DecodeStep, positions: Tensor, hidden_states: Tensor) -> Tensor:
+        name, metadata = self.route.kv_layer, get_forward_context().attn_metadata
+        if hidden_states.device.type == "cpu":
+            metadata[name] = step.rebuilt(name)  # type: ignore[arg-type]
+        return self.stock_forward(positions, hidden_states)
+
     def masked_forward(self, kept: Subset, positions: Tensor, hidden_states: Tensor) -> Tensor:
         """Linears on the whole batch, only the attention between them on the kept rows."""
         with _on_rows(self.kv_module[0], kept.tokens):
@@ -118,6 +140,9 @@ class _RoutedMLP(_Routed):
         return self.Stock.forward(self, x)
 
     def subset_forward(self, kept: Subset, x: Tensor) -> Tensor:
+        return self.stock_forward(x)
+
+    def masked_stock_forward(self, step: DecodeStep, x: Tensor) -> Tensor:
         return self.stock_forward(x)
 
     masked_forward = subset_forward

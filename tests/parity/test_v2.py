@@ -17,6 +17,10 @@ SELECTED = {
     ("test_dense.py",): "test_parity and qwen3 and not static",
     ("test_moe.py",): "test_parity and deepseek and not static",
     ("test_async.py",): "test_steps_in_flight",
+    ("test_decode.py", "../unit/test_kernels.py"): (
+        "(test_dense and (attn_sequence or attn_token) and True)"
+        " or test_split_pages or test_decide or test_token_scores"
+    ),
 }
 
 

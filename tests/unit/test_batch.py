@@ -97,11 +97,11 @@ def test_what_is_read(case: tuple[list[Request], int, int], known_on_host: bool)
     batch = make_batch(requests, padded_requests, padded_rows, known_on_host)
     assert batch.num_requests == len(requests)
     assert batch.num_tokens == sum(r.query for r in requests)
-    assert batch.lengths_host.tolist() == batch.lengths.tolist() == [r.query for r in requests]
+    assert batch.lengths_host.tolist() == [r.query for r in requests]
     assert batch.computed_host.tolist() == [r.computed for r in requests]
-    assert batch.anchors_host.tolist() == [r.blocks[0] for r in requests]
-    assert batch.request_of_token.tolist() == [n for n, _ in rows_of(requests)]
-    assert [requests[n].computed for n in range(len(requests))] == batch.computed_host.tolist()
+    assert batch.anchors.tolist() == [r.blocks[0] for r in requests]
+    assert batch.request_of_token_host.tolist() == [n for n, _ in rows_of(requests)]
+    assert batch.fresh_host.tolist() == [n for n, r in enumerate(requests) if r.computed == 0]
 
 
 @given(requests_and_padding(), st.data())

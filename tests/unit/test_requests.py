@@ -17,12 +17,20 @@ def batch(*rows: tuple[int, int, int]) -> Any:
     """One (anchor, computed tokens, query tokens) per request."""
     anchors, computed, lengths = (torch.tensor(column) for column in zip(*rows, strict=True))
     return SimpleNamespace(
-        anchors_host=anchors,
+        anchors=anchors,
         computed_host=computed,
+        fresh_host=(computed == 0).nonzero().flatten(),
         lengths_host=lengths,
         starts_host=lengths.cumsum(0) - lengths,
         device=torch.device("cpu"),
+        upload=lambda values: values,
     )
+
+
+def allocated(state: Any) -> Any:
+    """For a KV cache of 64 blocks."""
+    state.running.allocate(64, torch.device("cpu"))
+    return state
 
 
 class Channel:
@@ -57,7 +65,7 @@ KEEP, SKIP = 1.0, -1.0
 
 
 def test_the_mean_over_the_prompt_decides_and_is_frozen() -> None:
-    state = SequenceDecisions(1)
+    state = allocated(SequenceDecisions(1))
     channel = Channel(a=(5, 3), b=(9, 2))
     first = step(state, [(5, 0, 3), (9, 0, 2)], channel, [3, -1, -1, 1, -2])
     assert first == [[True], [False]]  # means 1/3 and -1/2
@@ -66,7 +74,7 @@ def test_the_mean_over_the_prompt_decides_and_is_frozen() -> None:
 
 
 def test_a_previous_owner_of_the_anchor_is_never_seen() -> None:
-    state = SequenceDecisions(2)
+    state = allocated(SequenceDecisions(2))
     assert step(state, [(7, 0, 1)], Channel(a=(7, 1)), [SKIP], columns=2) == [[False, False]]
     state.forget({"a"})
     assert step(state, [(7, 0, 1)], Channel(b=(7, 1)), [KEEP], columns=2) == [[True, True]]
@@ -76,7 +84,7 @@ def test_a_previous_owner_of_the_anchor_is_never_seen() -> None:
 
 def test_a_resumed_request_keeps_its_decision() -> None:
     """Deciding again would answer otherwise: the prompt's rows read differently, and generated tokens follow them."""
-    state = SequenceDecisions(1)
+    state = allocated(SequenceDecisions(1))
     step(state, [(3, 0, 2)], Channel(a=(3, 2)), [SKIP, SKIP])
     assert step(state, [(8, 0, 4)], Channel(a=(8, 2)), [KEEP] * 4) == [[False]]
     assert not state.undecided.numel(), "it is not reported as new again"
@@ -87,14 +95,14 @@ def test_a_resumed_request_keeps_its_decision() -> None:
 
 def test_generated_tokens_never_count() -> None:
     """Resumed before the worker had decided anything (it was restarted, say): only the prompt's rows are averaged."""
-    state = SequenceDecisions(1)
+    state = allocated(SequenceDecisions(1))
     rows = [(4, 0, 2), (3, 0, 5), (6, 2, 1)]
     channel = Channel(a=(3, 2), b=(4, 2))
     assert step(state, rows, channel, [1, 1, SKIP, SKIP, 9, 9, 9, 5]) == [[True], [False], [False]]
 
 
 def test_old_and_new_requests_in_one_batch() -> None:
-    state = SequenceDecisions(1)
+    state = allocated(SequenceDecisions(1))
     step(state, [(3, 0, 1)], Channel(a=(3, 1)), [SKIP])
     answer = step(state, [(8, 0, 2), (3, 1, 1), (5, 0, 1)], Channel(b=(8, 2), c=(5, 1)), [KEEP, KEEP, KEEP, SKIP])
     assert answer == [[True], [False], [False]]
@@ -102,14 +110,14 @@ def test_old_and_new_requests_in_one_batch() -> None:
 
 
 def test_a_prompt_in_pieces_is_refused() -> None:
-    state = SequenceDecisions(1)
+    state = allocated(SequenceDecisions(1))
     with pytest.raises(RuntimeError, match=r"request a: 2 of 5 prompt tokens.*chunked prefill"):
         state.open(batch((3, 0, 2)), Channel(a=(3, 5)))
 
 
 def test_a_dummy_run_leaves_nothing_behind() -> None:
     """Warm-up without a channel, and rows the scheduler has not named: decided, not remembered by request."""
-    state = SequenceDecisions(1)
+    state = allocated(SequenceDecisions(1))
     assert step(state, [(0, 0, 2)], None, [SKIP, SKIP]) == [[False]]
     assert step(state, [(1, 0, 2)], Channel(), [KEEP, KEEP]) == [[True]]
     assert not state._by_request
@@ -119,7 +127,7 @@ def test_a_dummy_run_leaves_nothing_behind() -> None:
 
 @pytest.mark.parametrize(("cutoff", "kept"), [(-INF, True), (INF, False)])
 def test_an_infinite_cutoff_asks_no_router(cutoff: float, kept: bool) -> None:
-    state = SequenceDecisions(2)
+    state = allocated(SequenceDecisions(2))
     state.open(batch((3, 0, 2)), Channel(a=(3, 2)))
     assert state.decide(1, torch.full((2, 1), torch.nan), WEIGHT, cutoff).tolist() == [kept]
     state.close()
@@ -129,7 +137,7 @@ def test_an_infinite_cutoff_asks_no_router(cutoff: float, kept: bool) -> None:
 @given(st.data())
 def test_many_steps_against_a_dictionary(data: st.DataObject) -> None:
     """Requests begin, decode, are preempted, resume at another anchor and end; anchors go from hand to hand."""
-    state, free, anchors, decided, generated = SequenceDecisions(1), list(range(6)), {}, {}, {}
+    state, free, anchors, decided, generated = allocated(SequenceDecisions(1)), list(range(6)), {}, {}, {}
     seen = 0
     for _ in range(data.draw(st.integers(1, 12))):
         rows, told, x, expected = [], {}, [], []
@@ -175,7 +183,7 @@ def packed(state: PackedCounts, rows: list[tuple[int, int, int]], counts: list[i
 
 
 def test_packed_counts_add_up_and_start_at_zero() -> None:
-    state = PackedCounts(2)
+    state = allocated(PackedCounts(2))
     assert packed(state, [(3, 0, 4), (40, 0, 2)], [2, 0]) == [0, 0]
     assert packed(state, [(40, 2, 1), (3, 4, 3)], [1, 3]) == [0, 2]
     assert packed(state, [(3, 7, 1)], [0]) == [5]

@@ -163,7 +163,7 @@ class MoDConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        return True  # routed sublayers run between the graphs
+        return False  # nothing is moved per layer; decode steps keep static shapes, see `decode`
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         pass
@@ -175,4 +175,6 @@ class MoDConnector(KVConnectorBase_V1, SupportsHMA):
         pass
 
     def wait_for_save(self) -> None:
-        pass
+        """After each step in both runners, before statistics and messages are asked for."""
+        if self._routing is not None and self.has_connector_metadata():
+            self._routing.collect(self)
