@@ -38,8 +38,9 @@ class RouterArguments:
 
     model: str = field(metadata={"help": "base model: a directory or a hub name"})
     data: list[str] = field(
-        metadata={"help": "json/jsonl (.gz, .xz) files, directories of them, or hub names; rows are `messages`, "
-                          "`prompt` + `completion`, or `text`"}
+        metadata={"help": "json/jsonl (.gz, .xz) files, directories of them, hub names, or a recipe.yaml that mixes "
+                          "them; rows are `messages`, `prompt` + `completion`, `text`, or the fields of ShareGPT, "
+                          "Alpaca or MetaMath"}
     )  # fmt: skip
     output: str = field(metadata={"help": "the checkpoint to write; must not exist"})
     granularity: str = field(
@@ -61,7 +62,9 @@ class RouterArguments:
                   "(default 0), or the paper's fixed value (default 0.01)"},
     )  # fmt: skip
     max_length: int = field(default=1024, metadata={"help": "longer samples are truncated; counted"})
-    max_train_samples: int | None = field(default=8000, metadata={"help": "training samples taken; 0: all"})
+    max_train_samples: int | None = field(
+        default=8000, metadata={"help": "training samples, of all sources together; 0: all"}
+    )
     eval_fraction: float = field(default=0.02, metadata={"help": "the last part of every file, held out"})
     max_eval_samples: int = field(default=512, metadata={"help": "held-out samples that are evaluated"})
     run_dir: str | None = field(

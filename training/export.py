@@ -115,11 +115,11 @@ def drop_config(args: ExportArguments, base: Path, shape: BaseShape) -> ModConfi
     import torch
     from transformers import AutoTokenizer
 
-    from .data import read_sources, tokenize
+    from .data import read_sources, split_tail, tokenize
     from .drop import attention_similarity, most_similar
     from .model import load_base
 
-    rows = [row for table in read_sources(args.data).values() for row in table]
+    rows, _ = split_tail(read_sources(args.data), 0.0)
     samples, counts = tokenize(rows, AutoTokenizer.from_pretrained(base), args.max_length, args.max_samples)
     if not counts.used:
         raise ConfigError(f"{', '.join(args.data)}: no usable calibration sample")

@@ -24,7 +24,7 @@ from .arguments import (
     default_learning_rate,
     make_mod_config,
 )
-from .data import Collator, Counts, read_sources, split_tail, tokenize
+from .data import Collator, Counts, describe, read_sources, split_tail, tokenize
 from .export import base_shape, local_model
 from .loss import CapacityLoss
 from .model import attach_routers, freeze_base, load_base
@@ -116,7 +116,8 @@ def _datasets(
     args: RouterArguments, training_args: RouterTrainingArguments, tokenizer: Any
 ) -> tuple[Any, Any, dict[str, Any]]:
     """(training set, held-out set, record of what became of the rows)."""
-    train_rows, eval_rows = split_tail(read_sources(args.data), args.eval_fraction)
+    tables = read_sources(args.data)
+    train_rows, eval_rows = split_tail(tables, args.eval_fraction, training_args.seed)
     names = ", ".join(args.data)
     train_set, counts = tokenize(
         train_rows, tokenizer, args.max_length, args.max_train_samples or None, training_args.seed
@@ -129,7 +130,12 @@ def _datasets(
     for what, found in (("training", counts), ("held-out", eval_counts)):
         if not found.used:
             raise ConfigError(f"{names}: no usable {what} sample ({_why(found)})")
-    record = {"sources": list(args.data), "training": counts.to_dict(), "held_out": eval_counts.to_dict()}
+    record = {
+        "sources": list(args.data),
+        "tables": describe(tables),
+        "training": counts.to_dict(),
+        "held_out": eval_counts.to_dict(),
+    }
     return train_set, eval_set, record
 
 
