@@ -67,6 +67,21 @@ class RouterArguments:
     )
     eval_fraction: float = field(default=0.02, metadata={"help": "the last part of every file, held out"})
     max_eval_samples: int = field(default=512, metadata={"help": "held-out samples that are evaluated"})
+    lora_r: int = field(default=0, metadata={"help": "rank of a LoRA adapter trained with the routers; 0: none"})
+    lora_alpha: int | None = field(default=None, metadata={"help": "scales it by alpha / r; default: 2 r"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout of its input in training"})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "what it adapts; default: the linears of attention and MLP (not of experts)"}
+    )
+    lora_layers: list[str] | None = field(
+        default=None, metadata={"help": "where, written as --layers; default: from the first routed layer on"}
+    )
+    lora_learning_rate: float = field(default=1e-4, metadata={"help": "the adapter's; the routers keep theirs"})
+    lora_output: str = field(
+        default="merged",
+        metadata={"help": "`merged`: into new weight files; `adapter`: beside the base's, for vLLM's --lora-modules",
+                  "choices": ["merged", "adapter"]},
+    )  # fmt: skip
     run_dir: str | None = field(
         default=None, metadata={"help": "states to resume from; default: <output>.run, removed when training ends well"}
     )

@@ -17,6 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from vllm_mod.checkpoint import BaseShape, write_checkpoint
 from vllm_mod.config import ConfigError, ModConfig
 
+from . import lora
 from .arguments import (
     RouterArguments,
     RouterTrainingArguments,
@@ -41,6 +42,7 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
     base = local_model(args.model)
     shape = base_shape(base)
     config = _checked_config(args, shape)
+    adapter = lora.adapter_config(args, config, base, shape)
     run_dir = Path(args.run_dir or args.output.rstrip("/") + ".run")
     last_state = _last_state(args, run_dir)
 
@@ -57,6 +59,8 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
     model = load_base(base, torch.bfloat16 if training_args.bf16 else torch.float32)
     attach_routers(model, config)
     freeze_base(model)
+    if adapter is not None:
+        lora.attach_adapter(model, adapter)
 
     stop = StopOnInterrupt()
     pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
@@ -68,6 +72,7 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
         data_collator=Collator(pad),
         callbacks=[stop],
         capacity=CapacityLoss(args.capacity_loss, args.target_capacity, args.capacity_lambda),  # type: ignore[arg-type]
+        adapter_learning_rate=args.lora_learning_rate if adapter is not None else None,
     )
     if last_state is not None:
         trainer.restore(Path(last_state))
@@ -79,14 +84,16 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
         return INTERRUPTED
 
     routed = trainer.measure()
-    dense = trainer.measure(threshold=0.0)
+    with lora.without_adapter(model):
+        dense = trainer.measure(threshold=0.0)
     routers = trainer.final_routers(run_dir / "final")
     if trainer.is_world_process_zero():
         records = records | {
             "training_args.json": as_text(_arguments_record(args, training_args)),
             "trainer_log.json": as_text(_log_record(trainer, routed, dense, data_record)),
         }
-        write_checkpoint(base, args.output, config, routers, records)
+        with lora.placed(base, run_dir / "final", adapter, args.lora_output) as (source, folders):
+            write_checkpoint(source, args.output, config, routers, records, folders)
         _report(args, routed, dense, trainer.state.max_steps)
         if args.run_dir is None:
             shutil.rmtree(run_dir, ignore_errors=True)
