@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from vllm_mod.checkpoint import BaseShape, read_json, read_mod_config, read_routers, write_checkpoint
 from vllm_mod.config import ConfigError, ModConfig, mod_architecture
 
+from . import card
 from .arguments import ExportArguments, check_output, make_mod_config
 
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*"]
@@ -46,11 +49,19 @@ def export(args: ExportArguments, records: dict[str, str] | None = None) -> Path
     check_output(args.output)
     base = local_model(args.model)
     shape = base_shape(base)
+    config, routers = _parts(args, base, shape)
+    output = write_checkpoint(base, args.output, config, routers, records)
+    card.write(output)
+    return output
+
+
+def _parts(args: ExportArguments, base: Path, shape: BaseShape) -> tuple[ModConfig, dict[int, Tensor]]:
+    """What is routed and by which weights; none for a static granularity."""
     if args.routers is None or args.drop_attention is not None:
-        return write_checkpoint(base, args.output, _static_config(args, base, shape), {}, records)
+        return _static_config(args, base, shape), {}
     directory = local_model(args.routers)
     config = _router_config(directory, args, shape)
-    return write_checkpoint(base, args.output, config, read_routers(directory, config, shape), records)
+    return config, read_routers(directory, config, shape)
 
 
 def _static_config(args: ExportArguments, base: Path, shape: BaseShape) -> ModConfig:

@@ -17,7 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from vllm_mod.checkpoint import BaseShape, write_checkpoint
 from vllm_mod.config import ConfigError, ModConfig
 
-from . import lora
+from . import card, lora
 from .arguments import (
     RouterArguments,
     RouterTrainingArguments,
@@ -94,6 +94,7 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
         }
         with lora.placed(base, run_dir / "final", adapter, args.lora_output) as (source, folders):
             write_checkpoint(source, args.output, config, routers, records, folders)
+        card.write(Path(args.output))
         _report(args, routed, dense, trainer.state.max_steps)
         if args.run_dir is None:
             shutil.rmtree(run_dir, ignore_errors=True)
