@@ -22,8 +22,8 @@ from tqdm import tqdm
 from vllm_mod.config import ConfigError
 
 from .chat import NoAnswer, encode, fingerprint
-from .recipe import read_recipe
-from .sources import RECIPE_SUFFIXES, Table, read_source
+from .recipe import parse_recipe, read_recipe
+from .sources import RECIPE_SUFFIXES, Table, looks_local, read_source
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,16 @@ class Counts:
 
     def to_dict(self) -> dict[str, int]:
         return asdict(self)
+
+
+def check_sources(sources: Iterable[str]) -> None:
+    """Refuse what can be told without reading rows: files that are not there, recipes that are wrong."""
+    for source in sources:
+        path = Path(source).expanduser()
+        if path.suffix in RECIPE_SUFFIXES:
+            parse_recipe(path)
+        elif looks_local(source) and not path.exists():
+            raise ConfigError(f"{path}: no such file or directory")
 
 
 def read_sources(sources: Iterable[str]) -> dict[str, Table]:

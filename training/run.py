@@ -25,7 +25,7 @@ from .arguments import (
     default_learning_rate,
     make_mod_config,
 )
-from .data import Collator, Counts, describe, read_sources, split_tail, tokenize
+from .data import Collator, Counts, check_sources, describe, read_sources, split_tail, tokenize
 from .export import base_shape, local_model
 from .loss import CapacityLoss
 from .model import attach_routers, freeze_base, load_base
@@ -39,6 +39,7 @@ INTERRUPTED = 130
 def run_training(args: RouterArguments, training_args: RouterTrainingArguments, records: dict[str, str]) -> int:
     """Train, write `args.output`; returns the exit code. Everything that can be wrong is checked before the work."""
     check_output(args.output)
+    check_sources(args.data)  # before a model is fetched
     base = local_model(args.model)
     shape = base_shape(base)
     config = _checked_config(args, shape)

@@ -14,7 +14,16 @@ from safetensors.torch import load_file, save_file
 from tests.support.models import tiny_model
 from tests.unit.training.test_trainer import one_error, routers_of, train
 from training.export import base_shape
-from training.lora import MLP, adapter_config, adapter_tensors, attach_adapter, load_adapter, own_group, without_adapter
+from training.lora import (
+    MLP,
+    adapter_config,
+    adapter_tensors,
+    attach_adapter,
+    load_adapter,
+    merge_into_base,
+    own_group,
+    without_adapter,
+)
 from training.model import attach_routers, freeze_base, load_base, load_reference, reference_logits, routing, routing_of
 from training.trainer import RouterTrainer
 from vllm_mod.checkpoint import read_mod_config
@@ -185,6 +194,15 @@ def test_experts_are_merged_where_they_are_linear_modules(tmp_path):
     attach_adapter(model, settings_for(base, config, lora_target_modules=["up_proj"], lora_layers=["1"]))
     names = [name for name in adapter_tensors(model) if ".experts." in name]
     assert len(names) == 2 * 4 and adapter_layers(model) == {1}  # the layer's number, not the expert's
+    ones = {name: torch.ones_like(tensor) for name, tensor in adapter_tensors(model).items()}
+    merge_into_base(base, tmp_path / "merged", ones, 0.5)
+    old, new = (load_file(directory / "model.safetensors") for directory in (base, tmp_path / "merged"))
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    names = {f"base_model.model.{name.removesuffix('.weight')}.lora_A.weight" for name in changed}
+    assert names == {name for name in ones if ".lora_A." in name}
+    for name in changed:  # B A of ones is the rank
+        torch.testing.assert_close(new[name], old[name] + 0.5 * 4)
+    assert any(".experts." in name for name in changed)
 
 
 @pytest.mark.parametrize(

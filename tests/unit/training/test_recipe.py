@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from training.cli import main
 from training.converters import CONVERTERS
 from training.data import describe, read_sources, split_tail, tokenize
 from training.recipe import parse_recipe
@@ -156,6 +157,14 @@ def test_plain_files_of_unknown_or_ambiguous_form_are_refused(tmp_path):
     write_lines(tmp_path / "a.jsonl", [{"query": "a", "response": "b", "instruction": "a", "output": "b"}])
     with pytest.raises(ConfigError, match=r"a\.jsonl: a row could be alpaca or metamath; .*recipe"):
         read_sources([str(tmp_path / "a.jsonl")])
+
+
+@pytest.mark.parametrize("text", ["sources: [{data: absent.jsonl}]", "sources: [{data: math, converter: orca}]"])
+def test_bad_recipes_are_refused_before_a_model_is_fetched(folder, monkeypatch, capsys, text):
+    monkeypatch.setattr("training.run.local_model", lambda *_: pytest.fail("the model was fetched"))
+    path = recipe(folder, text)
+    assert main(["train", "--model", "someone/model", "--data", path, "--output", str(folder / "out")]) == 2
+    assert f"error: {path}: sources[0]: key" in capsys.readouterr().err
 
 
 def test_a_missing_recipe_is_named(tmp_path):
