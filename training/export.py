@@ -13,6 +13,7 @@ from vllm_mod.config import ConfigError, ModConfig, mod_architecture
 
 from . import card
 from .arguments import ExportArguments, check_output, make_mod_config
+from .lora import ADAPTER_DIR
 
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*"]
 
@@ -49,19 +50,22 @@ def export(args: ExportArguments, records: dict[str, str] | None = None) -> Path
     check_output(args.output)
     base = local_model(args.model)
     shape = base_shape(base)
-    config, routers = _parts(args, base, shape)
-    output = write_checkpoint(base, args.output, config, routers, records)
+    config, routers, folders = _parts(args, base, shape)
+    output = write_checkpoint(base, args.output, config, routers, records, folders)
     card.write(output)
     return output
 
 
-def _parts(args: ExportArguments, base: Path, shape: BaseShape) -> tuple[ModConfig, dict[int, Tensor]]:
-    """What is routed and by which weights; none for a static granularity."""
+def _parts(
+    args: ExportArguments, base: Path, shape: BaseShape
+) -> tuple[ModConfig, dict[int, Tensor], dict[str, Path]]:  # fmt: skip
+    """What is routed, by which weights (none for a static granularity), and the adapter they were trained with."""
     if args.routers is None or args.drop_attention is not None:
-        return _static_config(args, base, shape), {}
+        return _static_config(args, base, shape), {}, {}
     directory = local_model(args.routers)
     config = _router_config(directory, args, shape)
-    return config, read_routers(directory, config, shape)
+    adapter = {ADAPTER_DIR: directory / ADAPTER_DIR} if (directory / ADAPTER_DIR).is_dir() else {}
+    return config, read_routers(directory, config, shape), adapter
 
 
 def _static_config(args: ExportArguments, base: Path, shape: BaseShape) -> ModConfig:

@@ -47,7 +47,7 @@ def generate_with(llm: object, adapter: Path, prompts: list[list[int]], max_toke
     ]
 
 
-@pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token", "mlp_token", "block_sequence"])
+@pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token", "mlp_token"])
 def test_merged_and_adapter_are_served_the_same(data: Path, tmp_path: Path, granularity: str) -> None:
     base = tiny_llama(tmp_path / "base")
     merged = train(base, data, tmp_path / "merged", granularity, "merged")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.models import tiny_model
 from tests.unit.training.test_trainer import one_error, routers_of, train
+from training.cli import main
 from training.export import base_shape
 from training.lora import (
     MLP,
@@ -138,6 +139,16 @@ def test_the_written_adapter_is_pefts(base_dir, data_file, tmp_path):
     load_adapter(ours, tmp_path / "out/adapter")
     ids = torch.arange(3, 20)[None]
     torch.testing.assert_close(theirs(ids).logits, ours(ids).logits)
+
+
+def test_export_takes_the_adapter_along(base_dir, data_file, tmp_path):
+    assert train(base_dir, data_file, tmp_path / "out", *LORA, "--lora-output", "adapter") == 0
+    parts = ["--routers", str(tmp_path / "out"), "--output", str(tmp_path / "copy")]
+    assert main(["export", "--model", str(base_dir), *parts]) == 0
+    ids = list(range(3, 12))
+    one, other = (reference_logits(load_reference(tmp_path / name), ids, 6) for name in ("out", "copy"))
+    assert torch.equal(one, other)
+    assert "--lora-modules tuned=CKPT/adapter" in (tmp_path / "copy/README.md").read_text()
 
 
 def test_an_interrupted_run_resumes_to_the_same_adapter(base_dir, data_file, tmp_path, monkeypatch):
