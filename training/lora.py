@@ -49,7 +49,7 @@ def adapter_config(args: RouterArguments, config: ModConfig, base: Path, shape: 
     # The experts of a mixture are many, small, and not linear modules in every model.
     targets = args.lora_target_modules or [*ATTENTION, *(() if shape.num_experts else MLP)]
     layers = parse_layers(args.lora_layers or [f"{config.layers[0]}-{shape.num_layers - 1}"], shape.num_layers)
-    if layers[0] < 0 or layers[-1] >= shape.num_layers:
+    if not layers or layers[-1] >= shape.num_layers:
         raise ConfigError(f"--lora-layers: the model has layers 0 to {shape.num_layers - 1}")
     _check_targets(base, targets, layers, args.lora_output)
     args.lora_target_modules, args.lora_layers = list(targets), [str(i) for i in layers]
@@ -70,13 +70,14 @@ def _check_flags(args: RouterArguments, config: ModConfig) -> None:
     if args.lora_r < 0:
         raise ConfigError(f"--lora-r {args.lora_r}: a rank of 1 or more is needed (0: no adapter)")
     if not args.lora_r:
-        given: dict[str, Any] = {
-            "alpha": args.lora_alpha,
-            "target-modules": args.lora_target_modules,
-            "layers": args.lora_layers,
-        }
-        given |= {"output adapter": args.lora_output == "adapter", "dropout": args.lora_dropout}
-        if flag := next((name for name, value in given.items() if value), None):
+        given = [
+            ("alpha", args.lora_alpha),
+            ("dropout", args.lora_dropout),
+            ("target-modules", args.lora_target_modules),
+            ("layers", args.lora_layers),
+            ("output adapter", args.lora_output == "adapter"),
+        ]
+        if flag := next((name for name, value in given if value), None):
             raise ConfigError(f"--lora-{flag} says nothing without an adapter; give its rank with --lora-r")
         return
     if args.lora_alpha is not None and args.lora_alpha < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import lzma
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from tqdm import tqdm
 from vllm_mod.config import ConfigError
 
 from .converters import CONVERTERS
+
+log = logging.getLogger(__name__)
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.xz", ".jsonl.xz")
 RECIPE_SUFFIXES = (".yaml", ".yml")
@@ -58,12 +61,14 @@ def looks_local(source: str) -> bool:
 def _converted(rows: list[dict[str, Any]], name: str, converter: str) -> Table:
     bar = tqdm(rows, desc=Path(name).name, unit="row", leave=False, disable=len(rows) < 20_000)
     converted = [_convert(row, converter, name) for row in bar]
-    if all(row is None for row in converted):
+    if converted.count(None) == len(rows):
         keys = ", ".join(map(str, rows[0]))
         raise ConfigError(
             f"{name}: no row has what converter {converter!r} reads; its first row has the keys: {keys or 'none'}; "
             f"converters: {', '.join(CONVERTERS)}"
         )
+    if unread := converted.count(None):
+        log.warning("%s: %d of %d rows have not what converter %r reads", name, unread, len(rows), converter)
     return Table(row or {"messages": []} for row in converted)  # counted as a row without an answer
 
 

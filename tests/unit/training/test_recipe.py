@@ -167,6 +167,13 @@ def test_bad_recipes_are_refused_before_a_model_is_fetched(folder, monkeypatch, 
     assert f"error: {path}: sources[0]: key" in capsys.readouterr().err
 
 
+def test_rows_that_a_converter_cannot_read_are_told_and_have_no_answer(folder, tokenizer, caplog):
+    write_lines(folder / "math/a.jsonl", [{"query": "m", "response": "1"}, {"query": "n"}])
+    train, _ = split_tail(read_sources([recipe(folder, "sources: [{data: math, converter: metamath}]")]), 0.0)
+    assert "a.jsonl: 1 of 2 rows have not what converter 'metamath' reads" in caplog.text
+    assert tokenize(train, tokenizer, 100)[1].no_answer == 1
+
+
 def test_a_missing_recipe_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"absent\.yaml: cannot be read"):
         read_sources([str(tmp_path / "absent.yaml")])
