@@ -66,6 +66,7 @@ def render(directory: Path) -> str:
         _operating_points(records["calibration"]),
         _evaluation(records["evaluation"]),
         _training(config, records["training_args"], records["trainer_log"], command),
+        "![kept ratio and lambda in training](training.png)" if (directory / "training.png").is_file() else "",
         _licence_section(licence),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -130,8 +131,7 @@ def _ranges(layers: Sequence[int]) -> str:
 
 
 def _serving(directory: Path, config: ModConfig, args: dict[str, Any]) -> str:
-    lines = ['pip install "vllm-mod[cuda]"   # a plugin of vLLM; without it vLLM refuses this architecture']
-    more = ""
+    lines, more = [], ""
     if (directory / ROUTER_CONFIG_FILE).is_file():
         base = _hub_name(config) or "BASE"
         lines.append(f"router-tuning export --model {base} --routers ROUTERS --output CKPT   # these are routers alone")
@@ -148,7 +148,8 @@ def _serving(directory: Path, config: ModConfig, args: dict[str, Any]) -> str:
                 "\n\nA LoRA adapter was trained with the routers and is merged into these weights: the routers belong "
             )
             more += "to them, not to the base model."
-    return "## Serve\n\n```console\n" + "\n".join(f"$ {line}" for line in lines) + "\n```" + more
+    needs = "Needs vLLM 0.32 with the `vllm-mod` plugin; without it vLLM refuses this architecture."
+    return f"## Serve\n\n{needs}\n\n```console\n" + "\n".join(f"$ {line}" for line in lines) + "\n```" + more
 
 
 # ---------------------------------------------------------------- what was measured
