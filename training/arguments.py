@@ -38,8 +38,9 @@ class RouterArguments:
 
     model: str = field(metadata={"help": "base model: a directory or a hub name"})
     data: list[str] = field(
-        metadata={"help": "json/jsonl (.gz, .xz) files, directories of them, or hub names; rows are `messages`, "
-                          "`prompt` + `completion`, or `text`"}
+        metadata={"help": "json/jsonl (.gz, .xz) files, directories of them, hub names, or a recipe.yaml that mixes "
+                          "them; rows are `messages`, `prompt` + `completion`, `text`, or the fields of ShareGPT, "
+                          "Alpaca or MetaMath"}
     )  # fmt: skip
     output: str = field(metadata={"help": "the checkpoint to write; must not exist"})
     granularity: str = field(
@@ -61,9 +62,26 @@ class RouterArguments:
                   "(default 0), or the paper's fixed value (default 0.01)"},
     )  # fmt: skip
     max_length: int = field(default=1024, metadata={"help": "longer samples are truncated; counted"})
-    max_train_samples: int | None = field(default=8000, metadata={"help": "training samples taken; 0: all"})
+    max_train_samples: int | None = field(
+        default=8000, metadata={"help": "training samples, of all sources together; 0: all"}
+    )
     eval_fraction: float = field(default=0.02, metadata={"help": "the last part of every file, held out"})
     max_eval_samples: int = field(default=512, metadata={"help": "held-out samples that are evaluated"})
+    lora_r: int = field(default=0, metadata={"help": "rank of a LoRA adapter trained with the routers; 0: none"})
+    lora_alpha: int | None = field(default=None, metadata={"help": "scales it by alpha / r; default: 2 r"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout of its input in training"})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "what it adapts; default: the linears of attention and MLP (not of experts)"}
+    )
+    lora_layers: list[str] | None = field(
+        default=None, metadata={"help": "where, written as --layers; default: from the first routed layer on"}
+    )
+    lora_learning_rate: float = field(default=1e-4, metadata={"help": "the adapter's; the routers keep theirs"})
+    lora_output: str = field(
+        default="merged",
+        metadata={"help": "`merged`: into new weight files; `adapter`: beside the base's, for vLLM's --lora-modules",
+                  "choices": ["merged", "adapter"]},
+    )  # fmt: skip
     run_dir: str | None = field(
         default=None, metadata={"help": "states to resume from; default: <output>.run, removed when training ends well"}
     )

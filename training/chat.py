@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from hashlib import blake2b
 from typing import Any
 
 Span = tuple[int, int]
@@ -42,6 +44,22 @@ def encode(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[bool]]:
     if not isinstance(plain, str) or not plain.strip():
         raise NoAnswer("neither messages, prompt + completion, nor text")
     return _tokens(plain, [(0, 1 << 60)], tokenizer, special=True)
+
+
+def fingerprint(row: Any) -> bytes | None:
+    """Equal for rows of the same roles and words, whatever the white space and the form; None of an empty row."""
+    if not isinstance(row, dict):
+        return None
+    messages = row.get("messages")
+    if messages is None and row.get("completion") is not None:
+        messages = _as_messages(row.get("prompt"), "user") + _as_messages(row["completion"], "assistant")
+    if messages is None:
+        messages = _as_messages(row.get("text"), "text")
+    try:
+        turns = [(m["role"], " ".join(str(m.get("content") or "").split())) for m in messages]
+    except (TypeError, KeyError, AttributeError):
+        return None
+    return blake2b(json.dumps(turns).encode(), digest_size=16).digest() if turns else None
 
 
 def _as_messages(value: Any, role: str) -> list[dict[str, str]]:

@@ -38,7 +38,7 @@ def export(argv: Sequence[str]) -> int:
 
 def run_record(argv: Sequence[str]) -> dict[str, str]:
     """File name -> text: how a checkpoint came to be. Nothing about the machine."""
-    names = ("vllm-mod", "torch", "transformers", "datasets", "accelerate")
+    names = ("vllm-mod", "torch", "transformers", "datasets", "accelerate", "peft")
     lines = [shlex.join(["router-tuning", *argv]), *(f"# {name} {_version(name)}" for name in names)]
     return {"train_command.txt": "\n".join(lines) + "\n"}
 

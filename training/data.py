@@ -1,18 +1,15 @@
 """Instruction data to tokens: which tokens are the prompt, which are supervised.
 
-A *source* is a local `.json`/`.jsonl` file (also `.gz`, `.xz`), a directory of them, or a dataset on the hub. Rows are
-`messages`, `prompt` + `completion`, or `text`. Loss is on the answers only; a `text` row has no prompt and all of it
-is supervised. Nothing is dropped silently: see `Counts`.
+A *source* is a local `.json`/`.jsonl` file (also `.gz`, `.xz`), a directory of them, a dataset on the hub, or a recipe
+of those. Rows are `messages`, `prompt` + `completion`, or `text`, or become that (see `converters`). Loss is on the
+answers only; a `text` row has no prompt and all of it is supervised. Nothing is dropped silently: see `Counts`.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 import logging
-import lzma
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +17,17 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
+from tqdm import tqdm
 
 from vllm_mod.config import ConfigError
 
-from .chat import NoAnswer, encode
+from .chat import NoAnswer, encode, fingerprint
+from .recipe import parse_recipe, read_recipe
+from .sources import RECIPE_SUFFIXES, Table, looks_local, read_source
 
 log = logging.getLogger(__name__)
 
 IGNORED = -100
-SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.xz", ".jsonl.xz")
 
 
 @dataclass
@@ -40,100 +39,124 @@ class Counts:
     no_answer: int = 0
     truncated: int = 0
     too_long: int = 0
+    #: left out before rows were taken, so not part of `read`
+    duplicates: int = 0
 
     def __str__(self) -> str:
         return (
             f"{self.used} of {self.read} rows used; {self.no_answer} without an answer skipped, "
-            f"{self.truncated} truncated, {self.too_long} dropped because the prompt alone is too long"
+            f"{self.truncated} truncated, {self.too_long} dropped because the prompt alone is too long; "
+            f"{self.duplicates} duplicates left out before"
         )
 
     def to_dict(self) -> dict[str, int]:
         return asdict(self)
 
 
-def read_sources(sources: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
-    """Source name -> its rows, in file order. Raises ConfigError that names what cannot be read or is empty."""
-    tables: dict[str, list[dict[str, Any]]] = {}
+def check_sources(sources: Iterable[str]) -> None:
+    """Refuse what can be told without reading rows: files that are not there, recipes that are wrong."""
     for source in sources:
-        path = Path(source)
-        if path.is_dir():
-            files = sorted(f for f in path.rglob("*") if f.name.endswith(SUFFIXES) and f.is_file())
-            if not files:
-                raise ConfigError(f"{path}: no {', '.join(SUFFIXES)} file in this directory")
-        elif path.exists():
-            files = [path]
-        elif _looks_local(source):
+        path = Path(source).expanduser()
+        if path.suffix in RECIPE_SUFFIXES:
+            parse_recipe(path)
+        elif looks_local(source) and not path.exists():
             raise ConfigError(f"{path}: no such file or directory")
+
+
+def read_sources(sources: Iterable[str]) -> dict[str, Table]:
+    """Table name -> its rows, in file order. Raises ConfigError that names what cannot be read or is empty."""
+    tables: dict[str, Table] = {}
+    for source in sources:
+        path = Path(source).expanduser()
+        if path.suffix in RECIPE_SUFFIXES:
+            tables |= read_recipe(path)
         else:
-            tables[source] = _read_hub(source)
-            continue
-        tables |= {str(file): _read_file(file) for file in files}
-    for name, rows in tables.items():
-        if not rows:
-            raise ConfigError(f"{name}: no rows in it")
+            tables |= read_source(source)
     if not tables:
-        raise ConfigError("no data given; use --data with a file, a directory or a hub name")
+        raise ConfigError("no data given; use --data with a file, a directory, a hub name or a recipe")
     return tables
 
 
-def _looks_local(source: str) -> bool:
-    """A hub name is `name` or `owner/name`; anything else was meant as a path."""
-    return source.endswith(SUFFIXES) or source.startswith((".", "/", "~")) or source.count("/") > 1
+def describe(tables: Mapping[str, Table]) -> list[dict[str, Any]]:
+    """For the run record: what each table has, and how much of it is taken."""
+    return [
+        {"name": name, "rows": len(table)}
+        | ({"portion": table.portion} if table.samples is None else {"samples": table.samples})
+        for name, table in tables.items()
+    ]
 
 
-def _read_hub(name: str) -> list[dict[str, Any]]:
-    from datasets import load_dataset
+class Rows(list[Any]):
+    """Rows of several tables together."""
 
-    try:
-        return list(load_dataset(name, split="train"))
-    except Exception as error:  # anything from the network to a broken script
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{name}: neither a local file nor a readable dataset on the hub: {reason}") from None
+    #: equal ones that were left out
+    duplicates: int = 0
 
 
-def _read_file(path: Path) -> list[dict[str, Any]]:
-    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    if path.name.removesuffix(path.suffix if path.suffix in (".gz", ".xz") else "").endswith(".json"):
-        try:
-            rows = json.loads(text) if text.strip() else []
-        except json.JSONDecodeError:
-            rows = _read_lines(text, path)  # many a .json file holds one object per line
-    else:
-        rows = _read_lines(text, path)
-    if not isinstance(rows, list) or any(not isinstance(row, dict) for row in rows):
-        raise ConfigError(f"{path}: a list of JSON objects is needed")
-    return rows
+def split_tail(tables: Mapping[str, list[Any]], fraction: float, seed: int = 0) -> tuple[Rows, Rows]:
+    """(training rows, held-out rows): the last `fraction` of every table is held out, at least one row of it.
+
+    Of equal rows one is left, the held-out one if there is any, so nothing that is trained on is held out. Then every
+    table gives its amount: which training rows is up to `seed`; the held-out rows mirror the mixture, none twice, and
+    are the same for every seed. Raises ConfigError where a table has fewer rows than it should give.
+    """
+    cuts = {name: _held_out_from(len(rows), fraction) for name, rows in tables.items()}
+    seen: set[bytes] = set()
+    held_out = {name: _distinct(rows[cuts[name] :], seen) for name, rows in tables.items()}
+    train = {name: _distinct(rows[: cuts[name]], seen) for name, rows in tables.items()}
+    portions = {name: _portion(name, table, len(train[name])) for name, table in tables.items()}
+    most = max(portions.values(), default=0.0) or 1.0
+    both = Rows(), Rows()
+    for name, portion in portions.items():
+        number = max(1, round(portion * len(train[name]))) if portion else 0
+        both[0].extend(_take(train[name], number, f"{seed} {name}"))
+        wanted = round(portion / most * len(held_out[name]))
+        both[1].extend(_take(held_out[name], min(max(wanted, 1), len(held_out[name])), f"0 {name}"))
+    for result, parts in zip(both, (train, held_out), strict=True):
+        result.duplicates = sum(part.duplicates for part in parts.values())
+    return both
 
 
-def _read_lines(text: str, path: Path) -> list[Any]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{path}: line {number} is not JSON: {error.msg}") from None
-    return rows
+def _held_out_from(number: int, fraction: float) -> int:
+    return number - max(1, round(number * fraction)) if fraction > 0 and number > 1 else number
 
 
-def split_tail(tables: dict[str, list[Any]], fraction: float) -> tuple[list[Any], list[Any]]:
-    """(training rows, held-out rows): the last `fraction` of every table is held out, at least one row of it."""
-    train: list[Any] = []
-    held_out: list[Any] = []
-    for rows in tables.values():
-        cut = len(rows) - max(1, round(len(rows) * fraction)) if fraction > 0 and len(rows) > 1 else len(rows)
-        train += rows[:cut]
-        held_out += rows[cut:]
-    return train, held_out
+def _distinct(rows: list[Any], seen: set[bytes]) -> Rows:
+    """Those that `seen` does not know yet; adds them to it."""
+    result = Rows()
+    for row in rows:
+        key = fingerprint(row)
+        if key is None or key not in seen:
+            result.append(row)
+        if key is not None:
+            result.duplicates += key in seen
+            seen.add(key)
+    return result
+
+
+def _portion(name: str, table: list[Any], number: int) -> float:
+    """How often each of a table's `number` training rows is taken."""
+    samples = getattr(table, "samples", None)
+    if samples is None:
+        return getattr(table, "portion", 1.0)
+    if samples > number:
+        raise ConfigError(
+            f"{name}: {samples} samples are asked for, and {number} distinct training rows are there; "
+            "lower `samples`, or repeat rows with a `portion` above 1"
+        )
+    return samples / number if number else 0.0
+
+
+def _take(rows: list[Any], number: int, seed: str) -> list[Any]:
+    """`number` rows in their order; where there are fewer, every row as often as it goes and some once more."""
+    if not rows:
+        return []
+    times, more = divmod(number, len(rows))
+    return rows * times + [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), more))]
 
 
 def tokenize(
-    rows: list[dict[str, Any]], tokenizer: Any, max_length: int, max_samples: int | None = None, seed: int = 0
+    rows: Sequence[dict[str, Any]], tokenizer: Any, max_length: int, max_samples: int | None = None, seed: int = 0
 ) -> tuple[Dataset, Counts]:
     """Rows -> dataset of `input_ids`, `labels` (IGNORED outside the answers) and `prompt_len`, with its counts.
 
@@ -141,9 +164,10 @@ def tokenize(
     """
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
-    counts = Counts()
+    counts = Counts(duplicates=getattr(rows, "duplicates", 0))
     samples: list[dict[str, Any]] = []
-    for i in order:
+    total = min(len(order), max_samples or len(order))
+    for i in tqdm(order, desc="tokenize", unit="row", total=total, leave=False, disable=total < 5_000):
         if max_samples is not None and len(samples) >= max_samples:
             break
         counts.read += 1

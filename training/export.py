@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from vllm_mod.checkpoint import BaseShape, read_json, read_mod_config, read_routers, write_checkpoint
 from vllm_mod.config import ConfigError, ModConfig, mod_architecture
 
+from . import card
 from .arguments import ExportArguments, check_output, make_mod_config
+from .lora import ADAPTER_DIR
 
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*"]
 
@@ -46,11 +50,22 @@ def export(args: ExportArguments, records: dict[str, str] | None = None) -> Path
     check_output(args.output)
     base = local_model(args.model)
     shape = base_shape(base)
+    config, routers, folders = _parts(args, base, shape)
+    output = write_checkpoint(base, args.output, config, routers, records, folders)
+    card.write(output)
+    return output
+
+
+def _parts(
+    args: ExportArguments, base: Path, shape: BaseShape
+) -> tuple[ModConfig, dict[int, Tensor], dict[str, Path]]:  # fmt: skip
+    """What is routed, by which weights (none for a static granularity), and the adapter they were trained with."""
     if args.routers is None or args.drop_attention is not None:
-        return write_checkpoint(base, args.output, _static_config(args, base, shape), {}, records)
+        return _static_config(args, base, shape), {}, {}
     directory = local_model(args.routers)
     config = _router_config(directory, args, shape)
-    return write_checkpoint(base, args.output, config, read_routers(directory, config, shape), records)
+    adapter = {ADAPTER_DIR: directory / ADAPTER_DIR} if (directory / ADAPTER_DIR).is_dir() else {}
+    return config, read_routers(directory, config, shape), adapter
 
 
 def _static_config(args: ExportArguments, base: Path, shape: BaseShape) -> ModConfig:
@@ -115,11 +130,11 @@ def drop_config(args: ExportArguments, base: Path, shape: BaseShape) -> ModConfi
     import torch
     from transformers import AutoTokenizer
 
-    from .data import read_sources, tokenize
+    from .data import read_sources, split_tail, tokenize
     from .drop import attention_similarity, most_similar
     from .model import load_base
 
-    rows = [row for table in read_sources(args.data).values() for row in table]
+    rows, _ = split_tail(read_sources(args.data), 0.0)
     samples, counts = tokenize(rows, AutoTokenizer.from_pretrained(base), args.max_length, args.max_samples)
     if not counts.used:
         raise ConfigError(f"{', '.join(args.data)}: no usable calibration sample")

@@ -22,6 +22,7 @@ from vllm_mod.checkpoint import BaseShape, check_routers, read_json, read_mod_co
 from vllm_mod.config import ConfigError, ModConfig
 
 from .experts import gate_experts
+from .lora import ADAPTER_DIR, load_adapter
 from .routing import Router, Routing, routing_of
 from .sublayers import MIXINS, make_skippable
 
@@ -138,7 +139,10 @@ def load_reference(
     config: ModConfig | None = None,
     attn_implementation: str | None = None,
 ) -> Any:
-    """A full checkpoint as its stock HF class with routers, in eval mode. `config` overrides the thresholds."""
+    """A full checkpoint as its stock HF class with routers, in eval mode. `config` overrides the thresholds.
+
+    An adapter that lies unmerged in the checkpoint is part of it: the routers were trained with it.
+    """
     directory = Path(checkpoint_dir)
     stored = read_mod_config(directory)
     shape = BaseShape.of(read_json(directory / "config.json"), str(directory / "config.json"))
@@ -146,6 +150,8 @@ def load_reference(
     model = load_base(directory, dtype, attn_implementation)
     config = config or stored
     attach_routers(model, config, None if config.is_static else routers)
+    if (directory / ADAPTER_DIR).is_dir():
+        load_adapter(model, directory / ADAPTER_DIR)
     return model.eval()
 
 

@@ -17,6 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from vllm_mod.checkpoint import BaseShape, write_checkpoint
 from vllm_mod.config import ConfigError, ModConfig
 
+from . import card, lora
 from .arguments import (
     RouterArguments,
     RouterTrainingArguments,
@@ -24,7 +25,7 @@ from .arguments import (
     default_learning_rate,
     make_mod_config,
 )
-from .data import Collator, Counts, read_sources, split_tail, tokenize
+from .data import Collator, Counts, check_sources, describe, read_sources, split_tail, tokenize
 from .export import base_shape, local_model
 from .loss import CapacityLoss
 from .model import attach_routers, freeze_base, load_base
@@ -38,9 +39,11 @@ INTERRUPTED = 130
 def run_training(args: RouterArguments, training_args: RouterTrainingArguments, records: dict[str, str]) -> int:
     """Train, write `args.output`; returns the exit code. Everything that can be wrong is checked before the work."""
     check_output(args.output)
+    check_sources(args.data)  # before a model is fetched
     base = local_model(args.model)
     shape = base_shape(base)
     config = _checked_config(args, shape)
+    adapter = lora.adapter_config(args, config, base, shape)
     run_dir = Path(args.run_dir or args.output.rstrip("/") + ".run")
     last_state = _last_state(args, run_dir)
 
@@ -57,6 +60,8 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
     model = load_base(base, torch.bfloat16 if training_args.bf16 else torch.float32)
     attach_routers(model, config)
     freeze_base(model)
+    if adapter is not None:
+        lora.attach_adapter(model, adapter)
 
     stop = StopOnInterrupt()
     pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
@@ -68,6 +73,7 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
         data_collator=Collator(pad),
         callbacks=[stop],
         capacity=CapacityLoss(args.capacity_loss, args.target_capacity, args.capacity_lambda),  # type: ignore[arg-type]
+        adapter_learning_rate=args.lora_learning_rate if adapter is not None else None,
     )
     if last_state is not None:
         trainer.restore(Path(last_state))
@@ -79,14 +85,17 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
         return INTERRUPTED
 
     routed = trainer.measure()
-    dense = trainer.measure(threshold=0.0)
+    with lora.without_adapter(model):
+        dense = trainer.measure(threshold=0.0)
     routers = trainer.final_routers(run_dir / "final")
     if trainer.is_world_process_zero():
         records = records | {
             "training_args.json": as_text(_arguments_record(args, training_args)),
             "trainer_log.json": as_text(_log_record(trainer, routed, dense, data_record)),
         }
-        write_checkpoint(base, args.output, config, routers, records)
+        with lora.placed(base, run_dir / "final", adapter, args.lora_output) as (source, folders):
+            write_checkpoint(source, args.output, config, routers, records, folders)
+        card.write(Path(args.output))
         _report(args, routed, dense, trainer.state.max_steps)
         if args.run_dir is None:
             shutil.rmtree(run_dir, ignore_errors=True)
@@ -116,7 +125,8 @@ def _datasets(
     args: RouterArguments, training_args: RouterTrainingArguments, tokenizer: Any
 ) -> tuple[Any, Any, dict[str, Any]]:
     """(training set, held-out set, record of what became of the rows)."""
-    train_rows, eval_rows = split_tail(read_sources(args.data), args.eval_fraction)
+    tables = read_sources(args.data)
+    train_rows, eval_rows = split_tail(tables, args.eval_fraction, training_args.seed)
     names = ", ".join(args.data)
     train_set, counts = tokenize(
         train_rows, tokenizer, args.max_length, args.max_train_samples or None, training_args.seed
@@ -129,7 +139,12 @@ def _datasets(
     for what, found in (("training", counts), ("held-out", eval_counts)):
         if not found.used:
             raise ConfigError(f"{names}: no usable {what} sample ({_why(found)})")
-    record = {"sources": list(args.data), "training": counts.to_dict(), "held_out": eval_counts.to_dict()}
+    record = {
+        "sources": list(args.data),
+        "tables": describe(tables),
+        "training": counts.to_dict(),
+        "held_out": eval_counts.to_dict(),
+    }
     return train_set, eval_set, record
 
 

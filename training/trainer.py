@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback
 from vllm_mod.checkpoint import ROUTERS_FILE, router_name
 from vllm_mod.config import ConfigError, ModConfig
 
+from . import lora
 from .data import IGNORED
 from .loss import CapacityLoss
 from .model import routing, routing_of
@@ -57,9 +58,13 @@ class RouterTrainer(Trainer):
 
     control: Any
 
-    def __init__(self, *args: Any, capacity: CapacityLoss, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, capacity: CapacityLoss, adapter_learning_rate: float | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.capacity = capacity
+        #: None: there is no adapter, see `lora`.
+        self.adapter_learning_rate = adapter_learning_rate
         #: One entry per optimizer step: kept ratio per layer and lambda. Goes into trainer_log.json.
         self.history: list[dict[str, Any]] = []
         #: Kept ratios of the micro-batches of the step that is being taken.
@@ -70,6 +75,12 @@ class RouterTrainer(Trainer):
         self.add_callback(_AfterStep(self))
 
     # ------------------------------------------------------------ a step
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        made, optimizer = self.optimizer is None, super().create_optimizer(model)
+        if made and self.adapter_learning_rate is not None:
+            lora.own_group(optimizer, model or self.model, self.adapter_learning_rate, self.args.weight_decay)
+        return optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         prompt_mask = inputs.pop("prompt_mask").to(self.args.device)
@@ -164,7 +175,7 @@ class RouterTrainer(Trainer):
     # ------------------------------------------------------------ states
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Routers and controller only. `state_dict` is the gathered one where parameters are sharded."""
+        """Routers, adapter and controller only. `state_dict` is the gathered one where parameters are sharded."""
         directory = Path(output_dir or self.args.output_dir)
         if not self.args.should_save:
             return
@@ -175,6 +186,8 @@ class RouterTrainer(Trainer):
             tensors[name] = gathered.get(name, router.weight).detach().float().cpu().contiguous()
         directory.mkdir(parents=True, exist_ok=True)
         save_file(tensors, directory / ROUTERS_FILE, metadata={"format": "pt"})
+        if self.adapter_learning_rate is not None:
+            save_file(lora.adapter_tensors(self.model, state_dict), directory / lora.ADAPTER_FILE)
         state = {"capacity": self.capacity.state_dict(), "history": self.history}
         (directory / _STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
@@ -185,6 +198,8 @@ class RouterTrainer(Trainer):
             state = json.loads((directory / _STATE_FILE).read_text(encoding="utf-8"))
             for layer, router in routing_of(self.model).routers.items():
                 router.weight.data.copy_(tensors[router_name(layer)])
+            if self.adapter_learning_rate is not None:
+                lora.load_adapter_tensors(self.model, load_file(directory / lora.ADAPTER_FILE))
             self.capacity.load_state_dict(state["capacity"])
             self.history = state["history"]
         except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
@@ -195,7 +210,7 @@ class RouterTrainer(Trainer):
         """Nothing left to do: see `restore`. (Trainer itself restores optimizer, schedule and random states.)"""
 
     def final_routers(self, directory: Path) -> dict[int, Tensor]:
-        """Router weights on the CPU, gathered from all processes; `directory` holds them in between."""
+        """Router weights on the CPU, gathered from all processes; `directory` holds them, and the adapter's file."""
         self.save_model(str(directory))
         self.accelerator.wait_for_everyone()
         tensors = load_file(directory / ROUTERS_FILE)

@@ -160,23 +160,24 @@ def write_checkpoint(
     config: ModConfig,
     routers: Mapping[int, Tensor],
     records: Mapping[str, str] | None = None,
+    folders: Mapping[str, Path] | None = None,
 ) -> Path:
     """Write base model + routers as a full checkpoint; it appears whole or not at all.
 
     Weight files are hard-linked where the file system can, copied elsewhere. `records` (file name -> text) are
-    written beside them. Raises ConfigError on a base model that is not supported or does not fit, or when the
-    disk is full.
+    written beside them, and `folders` (name -> directory) copied. Raises ConfigError on a base model that is not
+    supported or does not fit, or when the disk is full.
     """
     base, output = Path(base), Path(output)
     base_config = read_json(base / "config.json")
     shape = BaseShape.of(base_config, str(base / "config.json"))
     architecture = mod_architecture(shape.architecture)
     check_routers({router_name(i): w for i, w in routers.items()}, config, shape, "routers")
-    weight_map = _base_weight_map(base)
+    weight_map = base_weight_map(base)
     with _atomic_directory(output) as directory:
         for source in sorted(base.iterdir()):
             if source.is_file() and not _is_replaced(source):
-                _link_or_copy(source, directory / source.name)
+                link_or_copy(source, directory / source.name)
         _write_json(
             directory / "config.json",
             base_config | {"architectures": [architecture], "mod_config": config.to_dict()},
@@ -190,6 +191,8 @@ def write_checkpoint(
         for name, text in (records or {}).items():
             (directory / name).unlink(missing_ok=True)  # it may be a hard link to the base's
             (directory / name).write_text(text, encoding="utf-8")
+        for name, folder in (folders or {}).items():
+            shutil.copytree(folder, directory / name)
     return output
 
 
@@ -198,7 +201,7 @@ def _is_replaced(path: Path) -> bool:
     return path.name in ("config.json", INDEX_FILE, ROUTERS_FILE, ROUTER_CONFIG_FILE) or path.suffix in _NOT_COPIED
 
 
-def _base_weight_map(base: Path) -> dict[str, str]:
+def base_weight_map(base: Path) -> dict[str, str]:
     """Tensor name -> file of the base's weights, routers of an earlier export left out."""
     if (base / INDEX_FILE).is_file():
         names = _read_weight_map(base)
@@ -225,7 +228,8 @@ def _read_weight_map(base: Path) -> dict[str, str]:
     return names
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
+    """Large files are linked where the file system can."""
     real = source.resolve()  # hub caches keep symbolic links to blobs
     if real.suffix == ".safetensors" or real.stat().st_size > 1 << 20:
         with contextlib.suppress(OSError):

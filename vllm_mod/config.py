@@ -55,7 +55,7 @@ def _one_line(error: ValidationError, where: str) -> str:
     return f"{where}: " + "; ".join(problems)
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     @classmethod
@@ -74,7 +74,7 @@ def _check_threshold(value: float) -> float:
     return value
 
 
-class ModConfig(_Strict):
+class ModConfig(Strict):
     """The `mod_config` object of a checkpoint's `config.json`."""
 
     version: Literal[1] = Field(description="schema version of this object")
@@ -192,7 +192,7 @@ class ModConfig(_Strict):
         return data
 
 
-class EngineKnobs(_Strict):
+class EngineKnobs(Strict):
     """`--additional-config '{"mod": {...}}'`."""
 
     threshold: Any = Field(None, description="overrides the checkpoint's; one number, or one per routed layer")

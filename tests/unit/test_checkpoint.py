@@ -205,7 +205,7 @@ class TestRefusedWrites:
         (tmp_path / "file").write_text("")
         assert "cannot be written" in self.refused(tmp_path, bare_base, output="file/out")
 
-    @pytest.mark.parametrize("step", ["save_file", "_link_or_copy", "_write_json"])
+    @pytest.mark.parametrize("step", ["save_file", "link_or_copy", "_write_json"])
     def test_full_disk(self, tmp_path, bare_base, monkeypatch, step):
         def full_disk(*_, **__):
             raise OSError(errno.ENOSPC, "No space left on device")

@@ -97,7 +97,7 @@ def test_rows_without_an_answer_are_skipped_and_counted(tokenizer, row):
         encode(row, tokenizer)
     dataset, counts = tokenize([row, {"messages": TURNS}], tokenizer, 100)
     assert len(dataset) == 1 and counts.to_dict() == {
-        "read": 2, "used": 1, "no_answer": 1, "truncated": 0, "too_long": 0,
+        "read": 2, "used": 1, "no_answer": 1, "truncated": 0, "too_long": 0, "duplicates": 0,
     }  # fmt: skip
 
 

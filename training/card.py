@@ -1,0 +1,307 @@
+"""The model card: a checkpoint's README.md, made of the records beside it and nothing else.
+
+`write` may be called again whenever one of them changed: after training, calibration, evaluation.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vllm_mod.checkpoint import ROUTER_CONFIG_FILE, read_json, read_mod_config
+from vllm_mod.config import ConfigError, ModConfig
+
+CARD_FILE = "README.md"
+_WHAT = {"attn": "self-attention", "mlp": "MLP", "block": "attention and MLP", "expert": "routed experts"}
+_UNIT = {"sequence": "per request, from the mean over its prompt", "token": "per token"}
+#: Words of a licence's text -> the hub's name of it.
+_LICENCES = {
+    "Apache License": "apache-2.0",
+    "MIT License": "mit",
+    "LLAMA 2 COMMUNITY LICENSE": "llama2",
+    "META LLAMA 3 COMMUNITY LICENSE": "llama3",
+    "LLAMA 3.1 COMMUNITY LICENSE": "llama3.1",
+    "LLAMA 3.2 COMMUNITY LICENSE": "llama3.2",
+    "LLAMA 3.3 COMMUNITY LICENSE": "llama3.3",
+}
+_LORA_RANKS = (16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes, from its default on
+
+
+def write(directory: Path) -> None:
+    """Write `README.md` of a checkpoint or router-only directory, in one step; never through a link to the base's.
+
+    Raises ConfigError on a record that cannot be read, with the card as it was.
+    """
+    directory = Path(directory)
+    path = directory / CARD_FILE
+    text = render(directory)
+    temporary = path.with_name(f".{CARD_FILE}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def render(directory: Path) -> str:
+    """The card's text."""
+    config = read_mod_config(directory)
+    records = {name: _record(directory, name) for name in ("training_args", "trainer_log", "calibration", "evaluation")}
+    command = (directory / "train_command.txt").read_text() if (directory / "train_command.txt").is_file() else ""
+    licence = _licence(directory)
+    sections = [
+        "---\n" + yaml.safe_dump(_front_matter(config, licence), sort_keys=False, allow_unicode=True) + "---",
+        f"# {_base_name(config)}, {config.granularity}",
+        _introduction(config),
+        _serving(directory, config, records["training_args"]),
+        _kept(config, records["trainer_log"], records["calibration"]),
+        _operating_points(records["calibration"]),
+        _evaluation(records["evaluation"]),
+        _training(config, records["training_args"], records["trainer_log"], command),
+        "![kept ratio and lambda in training](training.png)" if (directory / "training.png").is_file() else "",
+        _licence_section(licence),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _record(directory: Path, name: str) -> dict[str, Any]:
+    path = directory / f"{name}.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _number(value: Any, digits: int = 3) -> str:
+    return f"{value:.{digits}f}" if isinstance(value, (int, float)) else "-"
+
+
+# ---------------------------------------------------------------- what it is
+
+
+def _base_name(config: ModConfig) -> str:
+    """Never a directory of the machine it was made on."""
+    return Path(config.base_model or "base model").name
+
+
+def _hub_name(config: ModConfig) -> str | None:
+    name = config.base_model or ""
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and name[0] != "." and not Path(name).exists() else None
+
+
+def _front_matter(config: ModConfig, licence: dict[str, str]) -> dict[str, Any]:
+    base = _hub_name(config)
+    tags = ["vllm", "vllm-mod", "dynamic-depth", "mixture-of-depths", "router-tuning", config.granularity]
+    return {"library_name": "vllm-mod", "pipeline_tag": "text-generation", "tags": tags} | (
+        {"base_model": base} if base else {}
+    ) | licence  # fmt: skip
+
+
+def _introduction(config: ModConfig) -> str:
+    base, layers = _hub_name(config), _ranges(config.layers)
+    name = f"[{base}](https://huggingface.co/{base})" if base else _base_name(config)
+    if config.is_static:
+        return f"{name} without the {_WHAT[config.target]} of layers {layers}: always skipped, there are no routers."
+    return (
+        f"{name} with routers (one linear gate per layer, [Router-Tuning](https://arxiv.org/abs/2410.13184)) in front "
+        f"of the {_WHAT[config.target]} of layers {layers}. They decide {_UNIT[config.level]}, whether it runs. "
+        "What is skipped is not computed, and attention that is skipped keeps no KV cache."
+    )
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """`[1, 2, 3, 5]` -> `1-3, 5`"""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)
+
+
+def _serving(directory: Path, config: ModConfig, args: dict[str, Any]) -> str:
+    lines, more = [], ""
+    if (directory / ROUTER_CONFIG_FILE).is_file():
+        base = _hub_name(config) or "BASE"
+        lines.append(f"router-tuning export --model {base} --routers ROUTERS --output CKPT   # these are routers alone")
+    if (directory / "adapter" / "adapter_config.json").is_file():
+        rank = int(read_json(directory / "adapter" / "adapter_config.json")["r"])
+        room = next((r for r in _LORA_RANKS if r >= rank), rank)
+        flag = f" --max-lora-rank {room}" if room > _LORA_RANKS[0] else ""
+        lines.append(f"vllm serve CKPT --enable-lora --lora-modules tuned=CKPT/adapter{flag}")
+        more = "\n\nThe routers were trained together with the LoRA adapter: ask for the model `tuned`."
+    else:
+        lines.append("vllm serve CKPT")
+        if args.get("lora_r"):
+            more = (
+                "\n\nA LoRA adapter was trained with the routers and is merged into these weights: the routers belong "
+            )
+            more += "to them, not to the base model."
+    needs = "Needs vLLM 0.32 with the `vllm-mod` plugin; without it vLLM refuses this architecture."
+    return f"## Serve\n\n{needs}\n\n```console\n" + "\n".join(f"$ {line}" for line in lines) + "\n```" + more
+
+
+# ---------------------------------------------------------------- what was measured
+
+
+def _kept(config: ModConfig, log: dict[str, Any], calibration: dict[str, Any]) -> str:
+    if config.is_static:
+        return ""
+    trained = log.get("held_out", {}).get("kept_per_layer", {})
+    calibrated = calibration.get("kept_per_layer", {})
+    head = ["layer", "threshold"]
+    columns: list[dict[str, float]] = []
+    for name, found in (("kept on held-out data, after training", trained), ("calibrated", calibrated)):
+        if found:
+            head, columns = [*head, name], [*columns, found]
+    rows = [
+        [str(layer), f"{threshold:.4g}", *(_number(column.get(str(layer))) for column in columns)]
+        for layer, threshold in zip(config.layers, config.thresholds, strict=True)
+    ]
+    means = [log.get("held_out", {}).get("kept")] * bool(trained) + [calibration.get("kept")] * bool(calibrated)
+    if means:
+        rows.append(["all", "", *map(_number, means)])
+    asked = f", asked for {config.target_capacity:g}" if config.target_capacity is not None else ""
+    return f"## Kept ratio\n\nShare of decisions that run the sublayer{asked}.\n\n{_table(head, rows)}"
+
+
+def _operating_points(calibration: dict[str, Any]) -> str:
+    points = calibration.get("operating_points")
+    if not points:
+        return ""
+    rows = [
+        [
+            _number(point["target"], 2),
+            _number(point["kept"], 4),
+            "`--additional-config '" + json.dumps({"mod": {"threshold": point["threshold"]}}) + "'`",
+        ]
+        for point in points
+    ]
+    return (
+        f"## Operating points\n\nOne checkpoint, several speeds (measured on {calibration.get('samples', '?')} "
+        f"calibration samples):\n\n{_table(['kept ratio asked for', 'measured', 'vLLM flag'], rows)}\n\n"
+        f"```console\n$ {calibration.get('command', 'router-tuning calibrate')}\n```"
+    )
+
+
+def _evaluation(evaluation: dict[str, Any]) -> str:
+    if not evaluation:
+        return ""
+    parts = ["## Evaluation"]
+    tasks = evaluation.get("tasks") or {}
+    systems = [s for s in ("base", "checkpoint", "static") if any(t.get(s) is not None for t in tasks.values())]
+    if tasks:
+        rows = [
+            [name, f"{task.get('metric', '')}, {task.get('shots', 0)}-shot", str(task.get("samples", "-")),
+             *(_with_error(task, system) for system in systems)]
+            for name, task in tasks.items()
+        ]  # fmt: skip
+        for name, system in (("recovery", "checkpoint"), ("static_recovery", "static")):
+            if system in systems and evaluation.get(name) is not None:
+                cells = ["", *(_number(evaluation[name]) if s == system else "" for s in systems[1:])]
+                rows.append([f"{system} / base, mean over tasks", "", "", *cells])
+        parts.append(_table(["task", "metric", "samples", *systems], rows))
+    if perplexity := {k: v for k, v in (evaluation.get("perplexity") or {}).items() if v is not None}:
+        parts.append(
+            "Perplexity of held-out answers: " + ", ".join(f"{_number(v, 2)} {k}" for k, v in perplexity.items())
+        )
+    if evaluation.get("kept_ratio") is not None:
+        parts.append(f"Kept ratio during this evaluation: {_number(evaluation['kept_ratio'])}")
+    if "static" in systems:
+        parts.append("*static*: as many sublayers dropped for good as the checkpoint skipped on average.")
+    return "\n\n".join([*parts, f"```console\n$ {evaluation.get('command', '')}\n```"])
+
+
+def _with_error(task: dict[str, Any], system: str) -> str:
+    error = task.get(f"{system}_stderr")
+    return _number(task.get(system)) + (f" ± {_number(error)}" if error is not None else "")
+
+
+# ---------------------------------------------------------------- how it was made
+
+
+def _training(config: ModConfig, args: dict[str, Any], log: dict[str, Any], command: str) -> str:
+    parts = ["## How it was made"] if args or log or command else []
+    if held_out := log.get("held_out"):
+        parts.append(
+            f"Perplexity of held-out answers at the end of training: {_number(held_out.get('perplexity'), 2)} routed, "
+            f"{_number(held_out.get('dense_perplexity'), 2)} base."
+        )
+    if data := log.get("data"):
+        parts.append(_data(data))
+    if args:
+        facts: dict[str, Any] = {"seed": args.get("seed"), "steps": len(log.get("steps", [])) or None}
+        facts["samples per device and step"] = args.get("per_device_train_batch_size")
+        facts["target capacity"] = config.target_capacity
+        facts["learning rate"] = args.get("learning_rate")
+        if args.get("lora_r"):
+            facts |= {"LoRA rank": args["lora_r"], "LoRA alpha": args.get("lora_alpha")}
+            facts["LoRA learning rate"] = args.get("lora_learning_rate")
+            facts["LoRA on"] = ", ".join(args.get("lora_target_modules") or [])
+            facts["in layers"] = _ranges(list(map(int, args.get("lora_layers") or [])))
+        parts.append(_table(["", ""], [[name, str(value)] for name, value in facts.items() if value is not None]))
+    if command:
+        lines = command.strip().splitlines()
+        versions = ", ".join(line.removeprefix("# ") for line in lines if line.startswith("#"))
+        typed = [line for line in lines if line and not line.startswith("#")]
+        parts.append("```console\n" + "\n".join(f"$ {line}" for line in typed) + "\n```")
+        parts.append(f"Versions: {versions}." if versions else "")
+    return "\n\n".join(part for part in parts if part)
+
+
+def _data(data: dict[str, Any]) -> str:
+    tables = data.get("tables") or [{"name": name} for name in data.get("sources", [])]
+    amounts = [f"{t['samples']} samples" if "samples" in t else f"x {t.get('portion', 1):g}" for t in tables]
+    rows = [[_file_name(t["name"]), str(t.get("rows", "-")), amount] for t, amount in zip(tables, amounts, strict=True)]
+    text = [_table(["data", "rows", "taken"], rows)]
+    for what, name in (("Training", "training"), ("Held out", "held_out")):
+        if counts := data.get(name):
+            text.append(
+                f"{what}: {counts['used']} of {counts['read']} rows that were looked at; {counts['no_answer']} without "
+                f"an answer and {counts['too_long']} with too long a prompt left out, {counts['truncated']} truncated; "
+                f"{counts.get('duplicates', 0)} duplicates left out before."
+            )
+    return "\n\n".join(text)
+
+
+def _file_name(name: str) -> str:
+    """A hub data set's name, or the last part of a path."""
+    return name if name.count("/") < 2 and not name.startswith((".", "/", "~")) else Path(name).name
+
+
+def _licence(directory: Path) -> dict[str, str]:
+    """`license…` of the card that is there (the base's, or ours that took it over), or by the licence's text."""
+    card = directory / CARD_FILE
+    if card.is_file():
+        found = re.match(r"---\n(.*?\n)---\s*\n", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+        try:
+            header = yaml.safe_load(found[1]) if found else {}
+        except yaml.YAMLError:
+            header = {}
+        if isinstance(header, dict) and header.get("license"):
+            return {k: str(header[k]) for k in ("license", "license_name", "license_link") if header.get(k)}
+    for path in sorted(directory.glob("LICENSE*")):
+        beginning = path.read_text(encoding="utf-8", errors="replace")[:2000].lower()
+        for words, name in _LICENCES.items():
+            if words.lower() in beginning:
+                return {"license": name}
+    return {"license": "unknown"}
+
+
+def _licence_section(licence: dict[str, str]) -> str:
+    name = licence.get("license_name") or licence["license"]
+    if name == "unknown":
+        return "## Licence\n\nSee the base model."
+    link = f", see {licence['license_link']}" if "license_link" in licence else ""
+    return f"## Licence\n\nThat of the base model: {name}{link}."
