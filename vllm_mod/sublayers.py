@@ -7,6 +7,7 @@ and the row count may change inside.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from torch.library import Library
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.custom_op import CustomOp
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.utils.torch_utils import (
@@ -194,10 +197,26 @@ def route_mlp(module: nn.Module, name: str, route: Route, forward_context: dict[
 
 
 def _route(module: nn.Module, kind: type, name: str, route: Route, forward_context: dict[str, Any]) -> None:
+    _use_kernels(module)
     swap_class(module, kind)
     module.name, module.route = name, route  # type: ignore[assignment]
     module.reduce_after = _take_out_all_reduce(module)  # type: ignore[assignment]
     forward_context[name] = module
+
+
+def _use_kernels(module: nn.Module) -> None:
+    """Give rotary embeddings, norms and activations below `module` their own kernels.
+
+    vLLM disables these where the compiler would fuse plain operators instead, and it does not see into our op. Copies,
+    because layers share rotary embeddings.
+    """
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, CustomOp) and not isinstance(child, FusedMoEMethodBase) and not child.enabled():
+                child = copy.copy(child)
+                child._enforce_enable = True
+                child._forward_method = child.dispatch_forward(compile_native=False)
+                setattr(parent, name, child)
 
 
 def _take_out_all_reduce(module: nn.Module) -> bool:
