@@ -103,6 +103,30 @@ def test_skipped_pairs_are_not_computed(tmp_path: Path, model: str) -> None:
     assert rows[4] == fed * places
 
 
+def test_pairs_stay_in_their_places_where_experts_have_adapters(tmp_path: Path) -> None:
+    """Kernels for these (CUDA only) know a row's adapter by its place: nothing moves, and skipped pairs weigh 0."""
+    checkpoint = _checkpoint(tmp_path, "deepseek", "expert_token")
+    prompts, weights = random_prompts((20, 30, 40)), []
+    with engine(checkpoint) as llm:
+        for index in LAYERS:
+            experts = runner_model(llm).model.layers[index].mlp.experts.routed_experts
+            experts.lora_base_layer_prefix = "base_layer."  # what vLLM sets where it wraps them
+            apply = experts.quant_method.apply
+
+            def note(*args: Any, apply: Any = apply, **kwargs: Any) -> Any:
+                weights.append(kwargs["topk_weights"])
+                return apply(*args, **kwargs)
+
+            experts.quant_method.apply = note
+        answers = generate(llm, prompts, 4)
+    decisions = assert_equals_reference(checkpoint, prompts, answers)
+    pairs = torch.cat([w.flatten() for w in weights])
+    fed = sum(len(p) + 3 for p in prompts)  # the last token of an answer is never fed back
+    kept = sum(int(d[i][0, :-1].sum()) for d in decisions for i in LAYERS)
+    assert len(pairs) == fed * len(LAYERS) * SHAPES["deepseek"]["num_experts_per_tok"]
+    assert int((pairs != 0).sum()) == kept < len(pairs)
+
+
 @pytest.mark.parametrize("model", SHAPES)
 def test_experts_at_the_ends_of_the_threshold(tmp_path: Path, model: str) -> None:
     """0 is the stock model; at 1 no routed expert runs, shared experts still do."""

@@ -111,11 +111,23 @@ def test_a_window_and_packed_kv(tmp_path: Path, granularity: str) -> None:
     _settings(checkpoint, max_model_len=64)
 
 
-def test_gated_experts_refuse_lora(tmp_path: Path) -> None:
+def test_adapters_leave_routed_experts_out(tmp_path: Path) -> None:
+    """vLLM has no kernel for them on the CPU, and would start with one for CUDA."""
     base = tiny_model(tmp_path / "base", "deepseek", num_hidden_layers=4, head_dim=None, **DEEPSEEK)
     checkpoint = routed_checkpoint(base, tmp_path / "c", "expert_token", [2, 3])
-    with pytest.raises(ValueError, match="expert_token routing cannot be served with LoRA"):
-        _settings(checkpoint, enable_lora=True)
+    targets = _settings(checkpoint, enable_lora=True).lora_config.target_modules
+    assert {"q_proj", "down_proj", "gate"} < set(targets) and "experts" not in targets
+    asked = _settings(checkpoint, enable_lora=True, lora_target_modules=["o_proj"]).lora_config.target_modules
+    assert asked == ["o_proj"]
+    for name in ("experts", "experts.3.up_proj"):
+        with pytest.raises(ValueError, match="no kernel for LoRA adapters on routed experts; pass --lora-target-modul"):
+            _settings(checkpoint, enable_lora=True, lora_target_modules=["o_proj", name])
+
+
+def test_adapters_of_a_dense_model_are_as_in_stock_vllm(tmp_path: Path) -> None:
+    base = tiny_model(tmp_path / "base", "qwen3", num_hidden_layers=4)
+    checkpoint = routed_checkpoint(base, tmp_path / "c", "mlp_token", [1, 2])
+    assert _settings(checkpoint, enable_lora=True).lora_config.target_modules is None
 
 
 def test_deepseek_checkpoints_load_without_their_own_code(tmp_path: Path) -> None:
