@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.distributed import get_tp_group
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.forward_context import get_forward_context
 
@@ -105,6 +106,8 @@ class Route:
     routing: Routing
     #: its attention layer, None where only the MLP is routed
     kv_layer: str | None = None
+    #: tensor-parallel ranks exchange its kept rows before they attend, so they must keep the same ones
+    shares_rows: bool = False
     #: `block` only: the decision its attention took, for its MLP
     _decided: tuple[Batch, Kept] | None = field(default=None, repr=False)
 
@@ -121,10 +124,14 @@ class Route:
         self._decided = (batch, kept)
         return kept
 
+    def _agreed(self, keep: Tensor) -> Tensor:
+        """Rank 0's decision, where ranks that kept different rows would wait for each other."""
+        return get_tp_group().broadcast(keep.to(torch.uint8)).bool() if self.shares_rows else keep
+
     def _by_sequence(self, batch: Batch, x: Tensor) -> Kept:
         state = self.routing.state
         assert isinstance(state, SequenceDecisions)
-        keep = state.decide(self.column, x, self.router.weight, self.cutoff)
+        keep = state.decide(self.column, x, self.router.weight, self.cutoff, self._agreed)
         number = int(keep.sum())
         if number == len(keep):
             return ALL
@@ -138,7 +145,7 @@ class Route:
         if self.cutoff == float("inf"):
             self.routing.counts.add(self.layer, 0, total)
             return NONE
-        keep = keeps(token_scores(x[:total], self.router.weight), self.cutoff)
+        keep = self._agreed(keeps(token_scores(x[:total], self.router.weight), self.cutoff))
         number = int(keep.sum())
         self.routing.counts.add(self.layer, number, total)
         if number == 0:
