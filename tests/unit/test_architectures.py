@@ -52,6 +52,23 @@ def test_an_architecture_of_another_kind_is_refused_by_name(part: str | None, me
         model._layers_to_change()
 
 
+def test_the_readme_shows_the_real_diff_of_an_architecture() -> None:
+    """Hunks stand in their files as shown, and without their new lines no code names Qwen3."""
+    root = Path(__file__).parents[2]
+    diff = (root / "README.md").read_text().split("```diff\n")[1].split("```")[0]
+    code = {path: path.read_text() for part in ("vllm_mod", "training") for path in (root / part).rglob("*.py")}
+    for hunk in diff.split("--- a/")[1:]:
+        name, new_name, *lines = hunk.splitlines()
+        assert new_name == f"+++ b/{name}"
+        shown = "\n".join(line[1:] for line in lines)
+        path = root / name
+        assert shown in path.read_text(), name
+        if path in code:
+            without = "\n".join(line[1:] for line in lines if not line.startswith("+"))
+            code[path] = code[path].replace(shown, without)
+    assert not [path for path, text in code.items() if "Qwen3ForCausalLM" in text or '"qwen3"' in text]
+
+
 def shape(**config: Any) -> BaseShape:
     return BaseShape.of({"num_hidden_layers": 6, "hidden_size": 4, **config}, "config.json")
 
