@@ -42,7 +42,8 @@ class MoDModel(nn.Module):
                 self.set_moe_parameters()  # type: ignore[operator]
             return
         self.routing = Routing(self.mod_config)
-        self.routing.whole_batch_linears = vllm_config.lora_config is not None
+        if (lora := vllm_config.lora_config) is not None:
+            self.routing.whole_batch_linears, self.routing.shares_rows = True, lora.fully_sharded_loras
         shape = BaseShape.of(self.config.to_dict(), "config.json")  # type: ignore[union-attr, operator]
         _install(layers, self.mod_config, self.routing, shape, forward_context)
         if self.mod_config.level == "sequence" and self.mod_config.target != "mlp" and reclaims_kv(vllm_config):

@@ -43,6 +43,8 @@ class Routing:
         self.columns: list[int] = []
         #: LoRA kernels know a row's adapter by its place in the batch: no row may be taken out before a linear
         self.whole_batch_linears = False
+        #: adapters are sharded so that tensor-parallel ranks gather rows inside every linear
+        self.shares_rows = False
         #: attention layers that share pages, in table order; None with vLLM's own allocation
         self.paged_layers: list[str] | None = None
         self.counts = RoutingCounts(config.layers)
@@ -126,7 +128,9 @@ class Route:
 
     def _agreed(self, keep: Tensor) -> Tensor:
         """Rank 0's decision, where ranks that kept different rows would wait for each other."""
-        return get_tp_group().broadcast(keep.to(torch.uint8)).bool() if self.shares_rows else keep
+        if self.shares_rows or self.routing.shares_rows:
+            return get_tp_group().broadcast(keep.to(torch.uint8)).bool()
+        return keep
 
     def _by_sequence(self, batch: Batch, x: Tensor) -> Kept:
         state = self.routing.state
