@@ -1,6 +1,7 @@
 """The table of architectures in vLLM: classes, what is refused for them, and the scores of single experts."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from vllm_mod import models
 from vllm_mod.checkpoint import BaseShape, check_routers, router_name
 from vllm_mod.config import ARCHITECTURES, ConfigError, ModConfig, default_layers
 from vllm_mod.gate import pair_scores, token_scores
+from vllm_mod.sublayers import _norms_all_heads
 
 DEEPSEEK = {"n_routed_experts": 8, "num_experts_per_tok": 3, "first_k_dense_replace": 2}
 
@@ -107,6 +109,16 @@ def test_pair_scores_are_those_of_each_experts_gate() -> None:
         assert torch.equal(scores[t], pair_scores(x[t : t + 1], weight, experts[t : t + 1])[0])
         for k in range(3):
             assert scores[t, k] == token_scores(x[t], weight[experts[t, k]][None])
+
+
+@pytest.mark.parametrize(("norm", "expected"), [(None, False), (32, False), (4 * 32, True)])
+def test_attentions_whose_ranks_exchange_rows(norm: int | None, expected: bool) -> None:
+    """Those with a norm over all heads (OLMoE), not over each (Qwen3)."""
+    module = nn.Module()
+    if norm is not None:
+        module.q_norm = nn.RMSNorm(norm)
+    attention: Any = SimpleNamespace(head_size=32)
+    assert _norms_all_heads(module, attention) == expected
 
 
 def _settings(checkpoint: Path, **options: Any) -> Any:
