@@ -153,7 +153,7 @@ def _leave_out_experts(vllm_config: VllmConfig) -> None:
     lora = vllm_config.lora_config
     assert lora is not None
     if lora.target_modules is None:
-        logger.info("LoRA adapters on %s; on the CPU there is no kernel for routed experts'", ", ".join(LINEARS))
+        logger.info("LoRA: adapters may change %s (no CPU kernel for those of routed experts)", ", ".join(LINEARS))
         lora.target_modules = list(LINEARS)
     elif any(name.split(".")[0] == "experts" for name in lora.target_modules):
         raise ConfigError(
