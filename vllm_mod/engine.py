@@ -23,6 +23,8 @@ logger = init_logger("vllm." + __name__)  # only loggers below "vllm" are shown
 TESTED_VLLM = "0.32"
 ALLOW_UNTESTED = "VLLM_MOD_ALLOW_UNTESTED"
 CONNECTOR = "MoDConnector"
+#: Linears of a model with experts that LoRA adapters may change on the CPU: all but those of its routed experts.
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate")
 #: Attention metadata that can be rebuilt for a subset of the rows; FlashInfer plans its kernels on the host.
 CUDA_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
 
@@ -65,6 +67,8 @@ class MoDEngineConfig(VerifyAndUpdateConfig):
         check_version()
         config = mod_config(vllm_config)
         check_routers(vllm_config, config)
+        if experts_without_adapters(vllm_config):
+            _leave_out_experts(vllm_config)
         if not config.is_static:
             refuse_what_cannot_work(vllm_config, config)
             make_settings(vllm_config, config)
@@ -135,10 +139,26 @@ def _refuse_for_experts(vllm_config: VllmConfig, config: ModConfig) -> None:
         )
     if config.target == "expert" and parallel.enable_eplb:
         raise ConfigError("expert_token routing cannot be served with experts that move; drop --enable-eplb")
-    if config.target == "expert" and vllm_config.lora_config is not None:
+
+
+def experts_without_adapters(vllm_config: VllmConfig) -> bool:
+    """LoRA is on, the model has routed experts, and vLLM has no kernel that would give these an adapter (CPU)."""
+    from vllm.platforms import current_platform
+
+    experts = num_experts_of(vllm_config.model_config.hf_text_config.to_dict())
+    return bool(experts) and vllm_config.lora_config is not None and current_platform.is_cpu()
+
+
+def _leave_out_experts(vllm_config: VllmConfig) -> None:
+    lora = vllm_config.lora_config
+    assert lora is not None
+    if lora.target_modules is None:
+        logger.info("LoRA: adapters may change %s (no CPU kernel for those of routed experts)", ", ".join(LINEARS))
+        lora.target_modules = list(LINEARS)
+    elif any(name.split(".")[0] == "experts" for name in lora.target_modules):
         raise ConfigError(
-            "expert_token routing cannot be served with LoRA adapters: their kernels know a row's adapter by its place "
-            "in the batch, and skipped pairs are removed from it; drop --enable-lora or merge the adapter"
+            "on the CPU vLLM has no kernel for LoRA adapters on routed experts; "
+            f"pass --lora-target-modules {' '.join(LINEARS)}, or a part of these"
         )
 
 
@@ -178,6 +198,11 @@ def make_settings(vllm_config: VllmConfig, config: ModConfig) -> None:
             "%s: with LoRA, linears run on the whole batch (skipped rows save attention and KV only)",
             config.granularity,
         )
+        if config.target == "expert" and not experts_without_adapters(vllm_config):
+            logger.info(
+                "expert_token: where adapters change routed experts, skipped pairs are computed and weigh 0; "
+                "--lora-target-modules without experts saves them"
+            )
     capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
     if capability is not None and capability.major >= 10 and vllm_config.attention_config.backend is None:
         from vllm.v1.attention.backends.registry import AttentionBackendEnum

@@ -5,19 +5,27 @@ The model's own top-k selection is unchanged, the other weights are not renormal
 No fused kernel has a value for "no expert" that works everywhere (on the CPU, id -1 crashes and an id past the last
 expert reads other memory). So the kept pairs become rows of their own, each with one expert, and go through the same
 kernel; a token's rows are added up afterwards. This path is not CUDA specific; it has not been run on CUDA yet.
+
+LoRA kernels know a row's adapter by its place in the batch. Where adapters may change the routed experts themselves,
+all pairs stay in their places, and the skipped ones weigh 0. Elsewhere (attention, shared experts, the dense MLP, the
+model's own gate) nothing is taken out of the batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import VllmConfig
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExpertsOrder
 
 from .config import ConfigError
 from .decode import DecodeStep
+from .engine import experts_without_adapters
 from .gate import keeps, pair_scores
 from .routing import Route
 from .sublayers import route_mlp, swap_class
@@ -57,6 +65,7 @@ class _GatedExperts:
 
     Stock: type[RoutedExperts]
     route: Route
+    lora_base_layer_prefix: str
 
     def forward_modular(
         self,
@@ -75,6 +84,8 @@ class _GatedExperts:
         keep = None if batch is None else kept_pairs(self.route, x, topk_ids)
         if keep is None:
             return self.Stock.forward_modular(self, x, topk_weights, topk_ids, *shared)
+        if self.lora_base_layer_prefix:  # set by vLLM where it gives the experts adapters
+            return self.Stock.forward_modular(self, x, topk_weights * batch.upload(keep), topk_ids, *shared)  # type: ignore[union-attr]
         output = x.new_zeros(*topk_ids.shape, x.shape[-1])
         tokens, places = (batch.upload(i) for i in keep.nonzero(as_tuple=True))  # type: ignore[union-attr]
         if len(tokens):
@@ -101,3 +112,15 @@ def route_experts(module: nn.Module, name: str, route: Route, forward_context: d
     route_mlp(module, name, route, forward_context)
     swap_class(experts[0], _GatedExperts)
     experts[0].route = route
+
+
+@contextmanager
+def kernels_without_adapters(vllm_config: VllmConfig) -> Iterator[None]:
+    """For building a model: stock MoE layers choose a kernel for adapters, which the CPU has not, as LoRA is on."""
+    lora = vllm_config.lora_config
+    if experts_without_adapters(vllm_config):
+        vllm_config.lora_config = None
+    try:
+        yield
+    finally:
+        vllm_config.lora_config = lora

@@ -16,8 +16,8 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from .batch import batch_backend
 from .checkpoint import BaseShape, check_routers, router_name
 from .config import ARCHITECTURES, ConfigError, ModConfig
-from .engine import mod_config, reclaims_kv
-from .experts import route_experts
+from .engine import experts_without_adapters, mod_config, reclaims_kv
+from .experts import kernels_without_adapters, route_experts
 from .kv.attention import allocate_whole_rows, share_pages
 from .routing import Route, Router, Routing
 from .sublayers import Skipped, route_attention, route_mlp
@@ -29,7 +29,9 @@ class MoDModel(nn.Module):
     """Mixin before a stock `…ForCausalLM` whose `model.layers` have `self_attn` and `mlp` sub-modules."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        with kernels_without_adapters(vllm_config):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self._adapters_on_experts = not experts_without_adapters(vllm_config)
         self.mod_config = mod_config(vllm_config)
         forward_context = vllm_config.compilation_config.static_forward_context
         layers = self._layers_to_change()
@@ -40,7 +42,8 @@ class MoDModel(nn.Module):
                 self.set_moe_parameters()  # type: ignore[operator]
             return
         self.routing = Routing(self.mod_config)
-        self.routing.whole_batch_linears = vllm_config.lora_config is not None
+        if (lora := vllm_config.lora_config) is not None:
+            self.routing.whole_batch_linears, self.routing.shares_rows = True, lora.fully_sharded_loras
         shape = BaseShape.of(self.config.to_dict(), "config.json")  # type: ignore[union-attr, operator]
         _install(layers, self.mod_config, self.routing, shape, forward_context)
         if self.mod_config.level == "sequence" and self.mod_config.target != "mlp" and reclaims_kv(vllm_config):
@@ -51,6 +54,17 @@ class MoDModel(nn.Module):
         for module in self.modules():
             if isinstance(module, Attention):
                 module.attn_backend, module.mod_routing = batch_backend(module.attn_backend), self.routing
+
+    @property
+    def lora_manager(self) -> Any:
+        """vLLM's, which it sets here once it has wrapped the model's linears."""
+        return self._lora_manager
+
+    @lora_manager.setter
+    def lora_manager(self, manager: Any) -> None:
+        self._lora_manager = manager
+        if not self._adapters_on_experts:  # or an adapter's weights for them would be left out in silence
+            manager.supported_lora_modules.remove("experts")
 
     def _layers_to_change(self) -> dict[int, nn.Module]:
         """Routed layers that live on this pipeline rank; ConfigError if the architecture is of another kind."""

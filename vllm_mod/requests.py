@@ -6,6 +6,7 @@ A request is named by its first block (its *anchor*), unique while it runs becau
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -39,6 +40,10 @@ class AnchorTable:
     def write(self, anchors: Tensor, values: Tensor) -> None:
         """values: on the host."""
         self.rows[anchors] = values.to(self.rows.device, non_blocking=True)
+
+
+def _as_it_is(keep: Tensor) -> Tensor:
+    return keep
 
 
 class SequenceDecisions:
@@ -75,14 +80,20 @@ class SequenceDecisions:
         rows = torch.arange(int(prompts.sum())) + torch.repeat_interleave(before, prompts)
         self._prompt_lengths, self._prompt_rows = batch.upload(prompts), batch.upload(rows)
 
-    def decide(self, column: int, x: Tensor, weight: Tensor, cutoff: float) -> Tensor:
-        """Keep mask (host, bool `[R]`) of one routed layer; waits for the device only if a prompt is undecided."""
+    def decide(
+        self, column: int, x: Tensor, weight: Tensor, cutoff: float, agree: Callable[[Tensor], Tensor] = _as_it_is
+    ) -> Tensor:
+        """Keep mask (host, bool `[R]`) of one routed layer; waits for the device only if a prompt is undecided.
+
+        agree: what becomes of new decisions (device, bool) before they are taken.
+        """
         if self.undecided.numel():
             if abs(cutoff) == float("inf"):
                 self.keep[self.undecided, column] = cutoff < 0
             else:
                 scores = row_scores(x, weight)[self._prompt_rows]
-                self.keep[self.undecided, column] = keeps(segment_means(scores, self._prompt_lengths), cutoff).cpu()
+                keep = keeps(segment_means(scores, self._prompt_lengths), cutoff)
+                self.keep[self.undecided, column] = agree(keep).cpu()
         return self.keep[:, column]
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.distributed import get_tp_group
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -48,6 +49,8 @@ class Routing:
         self.routes: list[Route] = []
         #: LoRA kernels know a row's adapter by its place in the batch: no row may be taken out before a linear
         self.whole_batch_linears = False
+        #: adapters are sharded so that tensor-parallel ranks gather rows inside every linear
+        self.shares_rows = False
         #: attention layers that share pages, in table order; None with vLLM's own allocation
         self.paged_layers: list[str] | None = None
         #: decode steps keep static shapes, for FULL CUDA graphs (see `decode`)
@@ -166,6 +169,8 @@ class Route:
     routing: Routing
     #: its attention layer, None where only the MLP is routed
     kv_layer: str | None = None
+    #: tensor-parallel ranks exchange its kept rows before they attend, so they must keep the same ones
+    shares_rows: bool = False
     #: `block` only: the decision its attention took, for its MLP
     _decided: tuple[Batch, Kept] | None = field(default=None, repr=False)
 
@@ -182,10 +187,16 @@ class Route:
         self._decided = (batch, kept)
         return kept
 
+    def _agreed(self, keep: Tensor) -> Tensor:
+        """Rank 0's decision, where ranks that kept different rows would wait for each other."""
+        if self.shares_rows or self.routing.shares_rows:
+            return get_tp_group().broadcast(keep.to(torch.uint8)).bool()
+        return keep
+
     def _by_sequence(self, batch: Batch, x: Tensor) -> Kept:
         state = self.routing.state
         assert isinstance(state, SequenceDecisions)
-        keep = state.decide(self.column, x, self.router.weight, self.cutoff)
+        keep = state.decide(self.column, x, self.router.weight, self.cutoff, self._agreed)
         number = int(keep.sum())
         if number == len(keep):
             return ALL
@@ -199,7 +210,7 @@ class Route:
         if self.cutoff == float("inf"):
             self.routing.counts.add(self.layer, 0, total)
             return NONE
-        keep = keeps(row_scores(x[:total], self.router.weight), self.cutoff).cpu()
+        keep = self._agreed(keeps(row_scores(x[:total], self.router.weight), self.cutoff)).cpu()
         number = int(keep.sum())
         self.routing.counts.add(self.layer, number, total)
         if number == 0:

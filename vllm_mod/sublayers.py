@@ -190,6 +190,13 @@ def route_attention(module: nn.Module, name: str, route: Route, forward_context:
         raise ConfigError(f"{name}: {type(module).__name__} has {len(kv_layers)} attention layers, one is needed")
     _route(module, _RoutedAttention, name, route, forward_context)
     route.kv_layer, module.kv_module = kv_layers[0].layer_name, kv_layers  # type: ignore[assignment]
+    route.shares_rows = get_tensor_model_parallel_world_size() > 1 and _norms_all_heads(module, kv_layers[0])
+
+
+def _norms_all_heads(module: nn.Module, attention: Attention) -> bool:
+    """OLMoE's q norm is over all heads, not over each: ranks all-gather their heads' rows inside the attention."""
+    norm: Any = getattr(module, "q_norm", None)
+    return norm is not None and norm.weight.numel() > attention.head_size
 
 
 def route_mlp(module: nn.Module, name: str, route: Route, forward_context: dict[str, Any]) -> None:

@@ -75,6 +75,15 @@ def runner_model(llm: Any) -> Any:
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
 
 
+def assert_no_kv_cache_of(llm: Any, dropped: Sequence[int], layers: int) -> None:
+    """The other layers have one, and the pool holds as many blocks as fit with these alone."""
+    specs = llm.llm_engine.model_executor.driver_worker.worker.get_kv_cache_spec()
+    assert set(specs) == {f"model.layers.{i}.self_attn.attn" for i in set(range(layers)) - set(dropped)}
+    block_bytes = sum(spec.page_size_bytes for spec in specs.values())
+    cache = llm.llm_engine.vllm_config.cache_config
+    assert cache.num_gpu_blocks == cache.kv_cache_memory_bytes // block_bytes
+
+
 def scheduler(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.scheduler
 

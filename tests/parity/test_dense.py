@@ -9,7 +9,15 @@ import torch
 from tests.support.models import routed_checkpoint, tiny_model
 from vllm_mod.config import ConfigError
 
-from .harness import assert_equals_reference, assert_same, engine, generate, random_prompts, runner_model
+from .harness import (
+    assert_equals_reference,
+    assert_no_kv_cache_of,
+    assert_same,
+    engine,
+    generate,
+    random_prompts,
+    runner_model,
+)
 
 LAYERS = [1, 2, 3]
 LENGTHS = (3, 40, 1, 70, 33, 100)
@@ -40,6 +48,8 @@ def test_parity(tmp_path: Path, model: str, granularity: str) -> None:
     new_tokens = [min(16, WINDOW - len(p)) for p in prompts] if options else 16
     with engine(checkpoint, max_num_batched_tokens=64, **options) as llm:
         assert type(runner_model(llm)).__name__.endswith("MoDForCausalLM")
+        if granularity in ("attn_static", "block_static"):
+            assert_no_kv_cache_of(llm, LAYERS, 5)
         answers = generate(llm, prompts, new_tokens)
     decisions = assert_equals_reference(checkpoint, prompts, answers)
     if granularity in DYNAMIC:  # the test means something only where requests disagree
@@ -47,15 +57,24 @@ def test_parity(tmp_path: Path, model: str, granularity: str) -> None:
         assert 0 < kept.float().mean() < 1
 
 
-@pytest.mark.parametrize("reclaim", [True, False])
-@pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_sequence"])
-def test_sliding_window_with_reused_pages(tmp_path: Path, granularity: str, reclaim: bool) -> None:
+@pytest.mark.parametrize(
+    ("model", "granularity", "reclaim"),
+    [
+        ("qwen3", "attn_sequence", True),
+        ("qwen3", "attn_sequence", False),
+        ("qwen3", "mlp_sequence", True),
+        ("qwen3", "mlp_token", True),
+        ("qwen2", "block_sequence", True),
+    ],
+)
+def test_sliding_window_with_reused_pages(tmp_path: Path, model: str, granularity: str, reclaim: bool) -> None:
     """Requests far longer than the window, in a pool that pages change hands in: a request is still known."""
     windowed = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 0}
-    checkpoint = _checkpoint(tmp_path, "qwen3", granularity, **windowed)
+    checkpoint = _checkpoint(tmp_path, model, granularity, **windowed)
     prompts = random_prompts((90, 10, 64, 33, 100, 50, 20, 70) * 2, seed=2)
     new_tokens = [100, 30, 80, 10] * 4  # requests begin while others are far beyond the window
-    token_block = 2 * 32 * 4 * 64 * 4 * 5  # bytes: K and V, tokens, heads, head size, float32, layers
+    heads_size = {"qwen3": 4 * 64, "qwen2": 1 * 32}[model]  # KV heads, head size
+    token_block = 2 * 32 * heads_size * 4 * 5  # bytes: K and V, tokens, heads, float32, layers
     with engine(checkpoint, {"kv_reclaim": reclaim}, kv_cache_memory_bytes=14 * token_block, max_num_seqs=5) as llm:
         answers = generate(llm, prompts, new_tokens)
     assert_equals_reference(checkpoint, prompts, answers)

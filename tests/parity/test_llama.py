@@ -11,6 +11,7 @@ from tests.support.models import routed_checkpoint
 from .harness import (
     Answer,
     assert_equals_reference,
+    assert_no_kv_cache_of,
     assert_same,
     counter,
     engine,
@@ -41,6 +42,8 @@ def test_mixed_batch(base: Path, tmp_path: Path, granularity: str) -> None:
         assert settings.scheduler_config.enable_chunked_prefill == (not granularity.endswith("sequence"))
         allowed = granularity in ("mlp_token", *STATIC)
         assert settings.cache_config.enable_prefix_caching == allowed
+        if granularity in ("attn_static", "block_static"):
+            assert_no_kv_cache_of(llm, LAYERS, 8)
         first = generate(llm, prompts)
         alone = [generate(llm, [p])[0] for p in prompts]  # blocks are reused, cached prefixes are hit
         if allowed:

@@ -8,7 +8,17 @@ import torch
 
 from tests.support.models import routed_checkpoint, tiny_model
 
-from .harness import Answer, assert_equals_reference, assert_same, engine, generate, random_prompts, runner_model
+from .harness import (
+    Answer,
+    assert_equals_reference,
+    assert_no_kv_cache_of,
+    assert_same,
+    counter,
+    engine,
+    generate,
+    random_prompts,
+    runner_model,
+)
 
 LAYERS = [1, 2, 3]
 LENGTHS = (3, 40, 1, 70, 33, 100)
@@ -21,7 +31,9 @@ DYNAMIC = [
     "block_sequence",
     "expert_token",
 ]
-GRANULARITIES = [*DYNAMIC, "attn_static", "mlp_static", "block_static"]
+STATIC = ["attn_static", "mlp_static", "block_static"]
+GRANULARITIES = [*DYNAMIC, *STATIC]
+CACHING = ["mlp_token", "expert_token", *STATIC]  #: cached prefixes may be used
 SHAPES: dict[str, dict[str, Any]] = {
     "olmoe": {
         "hidden_size": 128,
@@ -59,10 +71,16 @@ def _generate(checkpoint: Path, mod: dict[str, Any] | None = None) -> list[Answe
 def test_parity(tmp_path: Path, model: str, granularity: str) -> None:
     checkpoint = _checkpoint(tmp_path, model, granularity)
     prompts = random_prompts(LENGTHS)
-    with engine(checkpoint, max_num_batched_tokens=64) as llm:
+    with engine(checkpoint, max_num_batched_tokens=64, enable_prefix_caching=True) as llm:
         assert type(runner_model(llm)).__name__.endswith("MoDForCausalLM")
+        chunked = llm.llm_engine.vllm_config.scheduler_config.enable_chunked_prefill
+        assert chunked == (not granularity.endswith("sequence"))  # the longest prompts take two steps then
+        if granularity in ("attn_static", "block_static"):
+            assert_no_kv_cache_of(llm, LAYERS, 5)
         first = generate(llm, prompts, 16)
         alone = [generate(llm, [p], 16)[0] for p in prompts[:3]]
+        if granularity in CACHING:
+            assert counter(llm, "vllm:prefix_cache_hits") > 0
     decisions = assert_equals_reference(checkpoint, prompts, first)
     assert_same(first[:3], alone)  # neighbours do not matter
     if granularity in DYNAMIC:  # the test means something only where requests disagree
@@ -103,6 +121,30 @@ def test_skipped_pairs_are_not_computed(tmp_path: Path, model: str) -> None:
     assert rows[4] == fed * places
 
 
+def test_pairs_stay_in_their_places_where_experts_have_adapters(tmp_path: Path) -> None:
+    """Kernels for these (CUDA only) know a row's adapter by its place: nothing moves, and skipped pairs weigh 0."""
+    checkpoint = _checkpoint(tmp_path, "deepseek", "expert_token")
+    prompts, weights = random_prompts((20, 30, 40)), []
+    with engine(checkpoint) as llm:
+        for index in LAYERS:
+            experts = runner_model(llm).model.layers[index].mlp.experts.routed_experts
+            experts.lora_base_layer_prefix = "base_layer."  # what vLLM sets where it wraps them
+            apply = experts.quant_method.apply
+
+            def note(*args: Any, apply: Any = apply, **kwargs: Any) -> Any:
+                weights.append(kwargs["topk_weights"])
+                return apply(*args, **kwargs)
+
+            experts.quant_method.apply = note
+        answers = generate(llm, prompts, 4)
+    decisions = assert_equals_reference(checkpoint, prompts, answers)
+    pairs = torch.cat([w.flatten() for w in weights])
+    fed = sum(len(p) + 3 for p in prompts)  # the last token of an answer is never fed back
+    kept = sum(int(d[i][0, :-1].sum()) for d in decisions for i in LAYERS)
+    assert len(pairs) == fed * len(LAYERS) * SHAPES["deepseek"]["num_experts_per_tok"]
+    assert int((pairs != 0).sum()) == kept < len(pairs)
+
+
 @pytest.mark.parametrize("model", SHAPES)
 def test_experts_at_the_ends_of_the_threshold(tmp_path: Path, model: str) -> None:
     """0 is the stock model; at 1 no routed expert runs, shared experts still do."""
@@ -114,17 +156,3 @@ def test_experts_at_the_ends_of_the_threshold(tmp_path: Path, model: str) -> Non
     if model == "olmoe":  # without shared experts nothing is left of the MLP
         static = routed_checkpoint(tmp_path / "base", tmp_path / "static", "mlp_static", LAYERS)
         assert_same(answers, _generate(static))
-
-
-@pytest.mark.parametrize("model", SHAPES)
-def test_under_torch_compile(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU the compiler traces into stock MoE layers; the number of kept pairs must stay out of its sight."""
-    from vllm.config.compilation import CompilationMode
-
-    monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")  # traced, not optimised
-    checkpoint = _checkpoint(tmp_path, model, "expert_token")
-    prompts = random_prompts((3, 40, 1, 70))
-    with engine(checkpoint, enforce_eager=False) as llm:
-        assert llm.llm_engine.vllm_config.compilation_config.mode != CompilationMode.NONE
-        answers = generate(llm, prompts, 10)
-    assert_equals_reference(checkpoint, prompts, answers)

@@ -1,4 +1,4 @@
-"""Two processes give the same answers as one: tensor and pipeline parallel."""
+"""Two processes give the same answers as one, tensor or pipeline parallel; ranks that disagree never hang."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from tests.support.models import routed_checkpoint, tiny_model
+from tests.support.workers import negate_routers_of_rank_1
 
 from .harness import assert_equals_reference, counter, engine, generate, random_prompts
 from .test_moe import SHAPES
@@ -24,8 +25,12 @@ PARALLEL: dict[str, dict[str, Any]] = {
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token", "block_sequence", "mlp_token"])
-@pytest.mark.parametrize("parallel", ["tp", "pp"])
+GRANULARITIES = ["attn_sequence", "attn_token", "block_sequence", "mlp_token", "block_static"]
+CASES = [(parallel, granularity) for parallel in PARALLEL for granularity in GRANULARITIES]
+CASES += [("pp", "mlp_sequence"), ("pp", "block_token")]
+
+
+@pytest.mark.parametrize(("parallel", "granularity"), CASES)
 def test_two_processes(base: Path, tmp_path: Path, granularity: str, parallel: str) -> None:
     checkpoint = routed_checkpoint(base, tmp_path / "c", granularity, LAYERS)
     prompts = random_prompts((3, 40, 17, 70, 33, 64, 128))
@@ -39,13 +44,65 @@ def test_two_processes(base: Path, tmp_path: Path, granularity: str, parallel: s
 
 
 @pytest.mark.parametrize(
-    ("model", "granularity"),
-    [("olmoe", "expert_token"), ("olmoe", "mlp_sequence"), ("deepseek", "expert_token"), ("deepseek", "block_token")],
+    ("parallel", "model", "granularity"),
+    [
+        ("tp", "olmoe", "expert_token"),
+        ("tp", "olmoe", "mlp_sequence"),
+        ("tp", "deepseek", "expert_token"),
+        ("tp", "deepseek", "block_token"),
+        ("pp", "olmoe", "expert_token"),
+        ("pp", "deepseek", "expert_token"),
+    ],
 )
-def test_experts_on_two_tensor_parallel_ranks(tmp_path: Path, model: str, granularity: str) -> None:
+def test_experts_on_two_ranks(tmp_path: Path, parallel: str, model: str, granularity: str) -> None:
     base = tiny_model(tmp_path / "base", model, num_hidden_layers=5, **SHAPES[model])
     checkpoint = routed_checkpoint(base, tmp_path / "c", granularity, [1, 2, 3])
     prompts = random_prompts((3, 40, 17, 70))
-    with engine(checkpoint, tensor_parallel_size=2) as llm:
+    with engine(checkpoint, **PARALLEL[parallel]) as llm:
         answers = generate(llm, prompts, 12)
     assert_equals_reference(checkpoint, prompts, answers)
+
+
+@pytest.fixture
+def bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step in which ranks wait for each other ends as an error."""
+    monkeypatch.setenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "60")
+
+
+@pytest.mark.usefixtures("bounded")
+@pytest.mark.parametrize(
+    ("model", "granularity"),
+    [
+        ("llama", "attn_token"),
+        ("llama", "block_token"),
+        ("llama", "mlp_sequence"),
+        ("olmoe", "expert_token"),
+        ("olmoe", "attn_token"),
+        ("olmoe", "block_sequence"),
+    ],
+)
+def test_ranks_that_disagree_do_not_wait(base: Path, tmp_path: Path, model: str, granularity: str) -> None:
+    """Answers are of no use then, but there are some. OLMoE's attention exchanges rows: rank 0 decides for all."""
+    if model == "olmoe":
+        base = tiny_model(tmp_path / "base", model, num_hidden_layers=5, **SHAPES[model])
+    checkpoint = routed_checkpoint(base, tmp_path / "c", granularity, [1, 2, 3])
+    prompts = random_prompts((3, 40, 17, 70))
+    with engine(checkpoint, tensor_parallel_size=2) as llm:
+        llm.collective_rpc(negate_routers_of_rank_1)
+        answers = generate(llm, prompts, 12)
+    assert [len(a.tokens) for a in answers] == [12] * 4
+    if model == "olmoe" and granularity != "expert_token":
+        assert_equals_reference(checkpoint, prompts, answers)
+    else:  # they did disagree
+        with pytest.raises(AssertionError, match=r"log-probability off|not the reference's choice"):
+            assert_equals_reference(checkpoint, prompts, answers)
+
+
+@pytest.mark.usefixtures("bounded")
+@pytest.mark.parametrize("granularity", ["attn_sequence", "block_sequence"])
+def test_ranks_that_disagree_about_pages_stop_the_engine(base: Path, tmp_path: Path, granularity: str) -> None:
+    checkpoint = routed_checkpoint(base, tmp_path / "c", granularity, LAYERS)
+    with engine(checkpoint, tensor_parallel_size=2) as llm:
+        llm.collective_rpc(negate_routers_of_rank_1)
+        with pytest.raises(RuntimeError, match="ranks disagree on routing decisions"):
+            generate(llm, random_prompts((3, 40, 17)), 12)

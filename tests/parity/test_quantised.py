@@ -1,26 +1,31 @@
 """An int8 base (compressed-tensors, W8A8) keeps its quantised linears; routers stay in float."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.models import edit_json, routed_checkpoint, tiny_llama
+from tests.support.models import edit_json, routed_checkpoint, tiny_llama, tiny_model
 
-from .harness import assert_same, engine, generate, random_prompts, runner_model
+from .harness import Answer, assert_same, engine, generate, random_prompts, runner_model
+from .test_moe import SHAPES
 
-LAYERS = [1, 2, 4, 5, 6]
+LAYERS = {"llama": [1, 2, 4, 5, 6], "deepseek": [1, 2, 3]}
 SCHEME = {"num_bits": 8, "type": "int", "symmetric": True}
+LENGTHS = (5, 40, 90, 17)
+DENSE = ["attn_sequence", "attn_token", "mlp_sequence", "mlp_token", "block_sequence", "block_token"]
+#: Attention, shared experts and the dense MLP are quantised; vLLM's int8 kernel for routed experts needs AMX.
+EXPERTS = ["expert_token", "attn_sequence", "mlp_token"]
+CASES = [("llama", granularity) for granularity in DENSE] + [("deepseek", granularity) for granularity in EXPERTS]
 
 
-@pytest.fixture(scope="module")
-def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def _quantise(path: Path) -> Path:
     """Per-channel int8 weights, per-token int8 activations, as llm-compressor writes them."""
-    path = tiny_llama(tmp_path_factory.mktemp("int8") / "llama")
     tensors = {}
     for name, weight in load_file(path / "model.safetensors").items():
-        if not name.endswith("_proj.weight"):
+        if not name.endswith("_proj.weight") or ".experts." in name:
             tensors[name] = weight
             continue
         scale = weight.abs().amax(1, keepdim=True) / 127
@@ -32,32 +37,60 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "weights": SCHEME | {"strategy": "channel", "dynamic": False},
         "input_activations": SCHEME | {"strategy": "token", "dynamic": True},
     }
-    scheme = {"quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["lm_head"]}
+    ignore = ["lm_head", r"re:.*mlp\.gate$", r"re:.*\.experts\..*"]
+    scheme = {"quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ignore}
     edit_json(path / "config.json", quantization_config=scheme | {"config_groups": {"group_0": group}})
     return path
 
 
-@pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token", "mlp_token"])
-def test_quantised_base(quantised: Path, tmp_path: Path, granularity: str) -> None:
-    prompts = random_prompts((5, 40, 90, 17))
-    routed = routed_checkpoint(quantised, tmp_path / "routed", granularity, LAYERS)
-    static = routed_checkpoint(quantised, tmp_path / "static", granularity.split("_")[0] + "_static", LAYERS)
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("int8")
+    tiny_llama(directory / "llama")
+    tiny_model(directory / "deepseek", "deepseek", num_hidden_layers=5, **SHAPES["deepseek"])
+    return {model: _quantise(directory / model) for model in LAYERS}
+
+
+@pytest.fixture(scope="module")
+def plain_answers(
+    bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], list[Answer]]:
+    """Of a stock base, or of a static drop of it."""
+    made: dict[tuple[str, str], list[Answer]] = {}
+
+    def answers(model: str, name: str) -> list[Answer]:
+        if (model, name) not in made:
+            path = bases[model]
+            if name != "stock":
+                path = routed_checkpoint(path, tmp_path_factory.mktemp(name) / "c", name, LAYERS[model])
+            with engine(path) as llm:
+                made[model, name] = generate(llm, random_prompts(LENGTHS), 12)
+        return made[model, name]
+
+    return answers
+
+
+@pytest.mark.parametrize(("model", "granularity"), CASES)
+def test_quantised_base(
+    bases: dict[str, Path],
+    plain_answers: Callable[[str, str], list[Answer]],
+    tmp_path: Path,
+    model: str,
+    granularity: str,
+) -> None:
+    prompts = random_prompts(LENGTHS)
+    routed = routed_checkpoint(bases[model], tmp_path / "routed", granularity, LAYERS[model])
     answers = {}
-    for name, path, mod in (
-        ("stock", quantised, None),
-        ("static", static, None),
-        ("keep", routed, {"force": "keep"}),
-        ("skip", routed, {"force": "skip"}),
-        ("routed", routed, {}),
-    ):
-        with engine(path, mod) as llm:
+    for name, mod in (("keep", {"force": "keep"}), ("skip", {"force": "skip"}), ("routed", {})):
+        with engine(routed, mod) as llm:
             answers[name] = generate(llm, prompts, 12)
             if name == "routed":
                 alone = [generate(llm, [p], 12)[0] for p in prompts]
                 layer = runner_model(llm).model.layers[1]
                 assert type(layer.self_attn.qkv_proj.quant_method).__name__ == "CompressedTensorsLinearMethod"
                 assert layer.router.weight.dtype == torch.float32
-    assert_same(answers["stock"], answers["keep"])
-    assert_same(answers["static"], answers["skip"])
+    assert_same(plain_answers(model, "stock"), answers["keep"])
+    if granularity != "expert_token":  # shared experts are left there
+        assert_same(plain_answers(model, granularity.split("_")[0] + "_static"), answers["skip"])
     assert_same(answers["routed"], alone)
-    assert answers["routed"] not in (answers["stock"], answers["static"])
+    assert answers["routed"] not in (answers["keep"], answers["skip"])

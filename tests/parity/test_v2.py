@@ -9,8 +9,8 @@ import pytest
 
 from tests.support.v2 import v2_environment
 
-#: Files, and which of their tests: all granularities of Llama, one more dense architecture and one with experts.
-SELECTED = {
+#: Files, and which of their tests. First all granularities of Llama, one more dense architecture and one with experts.
+QUICK = {
     ("test_llama.py", "test_scale.py"): (
         "test_mixed_batch or (test_preemption and (attn_sequence or attn_token)) or test_a_few_requests"
     ),
@@ -22,11 +22,19 @@ SELECTED = {
         " or test_split_pages or test_decide or test_token_scores"
     ),
 }
+SLOW = {
+    ("test_dense.py",): "test_parity and (qwen2 or mistral) and not static",
+    ("test_moe.py",): "test_parity and olmoe and not static",
+}
+CASES = [
+    *(pytest.param(*case, id=case[1]) for case in QUICK.items()),
+    *(pytest.param(*case, id=case[1], marks=pytest.mark.slow) for case in SLOW.items()),
+]
 
 
 @pytest.mark.v2
-@pytest.mark.parametrize("files", SELECTED, ids=lambda files: files[0])
-def test_parity_at_model_runner_v2(files: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("files", "selected"), CASES)
+def test_parity_at_model_runner_v2(files: tuple[str, ...], selected: str) -> None:
     here = Path(__file__).parent
     run = subprocess.run(
         [
@@ -39,7 +47,7 @@ def test_parity_at_model_runner_v2(files: tuple[str, ...]) -> None:
             "no:cacheprovider",
             *(str(here / file) for file in files),
             "-k",
-            SELECTED[files],
+            selected,
         ],
         env=os.environ | v2_environment(),
         cwd=here.parent.parent,

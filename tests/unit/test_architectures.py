@@ -1,6 +1,7 @@
 """The table of architectures in vLLM: classes, what is refused for them, and the scores of single experts."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from vllm_mod import models
 from vllm_mod.checkpoint import BaseShape, check_routers, router_name
 from vllm_mod.config import ARCHITECTURES, ConfigError, ModConfig, default_layers
 from vllm_mod.gate import pair_scores, token_scores
+from vllm_mod.sublayers import _norms_all_heads
 
 DEEPSEEK = {"n_routed_experts": 8, "num_experts_per_tok": 3, "first_k_dense_replace": 2}
 
@@ -50,6 +52,23 @@ def test_an_architecture_of_another_kind_is_refused_by_name(part: str | None, me
         model.model.layers = nn.ModuleList([layer])
     with pytest.raises(ConfigError, match=f"Other: .*{message}"):
         model._layers_to_change()
+
+
+def test_the_readme_shows_the_real_diff_of_an_architecture() -> None:
+    """Hunks stand in their files as shown, and without their new lines no code names Qwen3."""
+    root = Path(__file__).parents[2]
+    diff = (root / "README.md").read_text().split("```diff\n")[1].split("```")[0]
+    code = {path: path.read_text() for part in ("vllm_mod", "training") for path in (root / part).rglob("*.py")}
+    for hunk in diff.split("--- a/")[1:]:
+        name, new_name, *lines = hunk.splitlines()
+        assert new_name == f"+++ b/{name}"
+        shown = "\n".join(line[1:] for line in lines)
+        path = root / name
+        assert shown in path.read_text(), name
+        if path in code:
+            without = "\n".join(line[1:] for line in lines if not line.startswith("+"))
+            code[path] = code[path].replace(shown, without)
+    assert not [path for path, text in code.items() if "Qwen3ForCausalLM" in text or '"qwen3"' in text]
 
 
 def shape(**config: Any) -> BaseShape:
@@ -92,6 +111,16 @@ def test_pair_scores_are_those_of_each_experts_gate() -> None:
             assert scores[t, k] == token_scores(x[t], weight[experts[t, k]][None])
 
 
+@pytest.mark.parametrize(("norm", "expected"), [(None, False), (32, False), (4 * 32, True)])
+def test_attentions_whose_ranks_exchange_rows(norm: int | None, expected: bool) -> None:
+    """Those with a norm over all heads (OLMoE), not over each (Qwen3)."""
+    module = nn.Module()
+    if norm is not None:
+        module.q_norm = nn.RMSNorm(norm)
+    attention: Any = SimpleNamespace(head_size=32)
+    assert _norms_all_heads(module, attention) == expected
+
+
 def _settings(checkpoint: Path, **options: Any) -> Any:
     from vllm.engine.arg_utils import EngineArgs
 
@@ -111,11 +140,23 @@ def test_a_window_and_packed_kv(tmp_path: Path, granularity: str) -> None:
     _settings(checkpoint, max_model_len=64)
 
 
-def test_gated_experts_refuse_lora(tmp_path: Path) -> None:
+def test_adapters_leave_routed_experts_out(tmp_path: Path) -> None:
+    """vLLM has no kernel for them on the CPU, and would start with one for CUDA."""
     base = tiny_model(tmp_path / "base", "deepseek", num_hidden_layers=4, head_dim=None, **DEEPSEEK)
     checkpoint = routed_checkpoint(base, tmp_path / "c", "expert_token", [2, 3])
-    with pytest.raises(ValueError, match="expert_token routing cannot be served with LoRA"):
-        _settings(checkpoint, enable_lora=True)
+    targets = _settings(checkpoint, enable_lora=True).lora_config.target_modules
+    assert {"q_proj", "down_proj", "gate"} < set(targets) and "experts" not in targets
+    asked = _settings(checkpoint, enable_lora=True, lora_target_modules=["o_proj"]).lora_config.target_modules
+    assert asked == ["o_proj"]
+    for name in ("experts", "experts.3.up_proj"):
+        with pytest.raises(ValueError, match="no kernel for LoRA adapters on routed experts; pass --lora-target-modul"):
+            _settings(checkpoint, enable_lora=True, lora_target_modules=["o_proj", name])
+
+
+def test_adapters_of_a_dense_model_are_as_in_stock_vllm(tmp_path: Path) -> None:
+    base = tiny_model(tmp_path / "base", "qwen3", num_hidden_layers=4)
+    checkpoint = routed_checkpoint(base, tmp_path / "c", "mlp_token", [1, 2])
+    assert _settings(checkpoint, enable_lora=True).lora_config.target_modules is None
 
 
 def test_deepseek_checkpoints_load_without_their_own_code(tmp_path: Path) -> None:

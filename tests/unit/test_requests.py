@@ -73,6 +73,14 @@ def test_the_mean_over_the_prompt_decides_and_is_frozen() -> None:
         assert step(state, [(9, 2 + n, 1), (5, 3 + n, 1)], Channel(), [KEEP, SKIP]) == [[False], [True]]
 
 
+def test_what_ranks_agreed_on_is_taken_and_frozen() -> None:
+    state, x = allocated(SequenceDecisions(1)), torch.tensor([[KEEP], [SKIP]])
+    state.open(batch((5, 0, 1), (9, 0, 1)), None)
+    assert state.decide(0, x, WEIGHT, 0.0, torch.logical_not).tolist() == [False, True]
+    state.close()
+    assert step(state, [(5, 1, 1), (9, 1, 1)], None, [KEEP, SKIP]) == [[False], [True]]
+
+
 def test_a_previous_owner_of_the_anchor_is_never_seen() -> None:
     state = allocated(SequenceDecisions(2))
     assert step(state, [(7, 0, 1)], Channel(a=(7, 1)), [SKIP], columns=2) == [[False, False]]
