@@ -123,12 +123,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             if args.mixed and "mod" in engines:
                 progress("calibrating mod")
                 engines["mod"].calibrate(load, args.kept)
-            for repeat in range(args.repeats + 1):
+            run_in_turn(engines, Load(min(args.requests, 4), args.prompt, 4))  # warm-up
+            for repeat in range(args.repeats):
                 before = engines["mod"].counts() if "mod" in engines else None
                 for name, times in run_in_turn(engines, load, repeat).items():
-                    progress(f"{repeat or 'warm-up':>7} {name:<7} {times.rate(args.workload):8.1f} tokens/s")
-                    if repeat:
-                        found["times"].setdefault(name, []).append(times)
+                    progress(f"repeat {repeat + 1} {name:<7} {times.rate(args.workload):8.1f} tokens/s")
+                    found["times"].setdefault(name, []).append(times)
             for name, engine in engines.items():
                 found["running"][name] = engine.running()
             if before is not None:
