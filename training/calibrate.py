@@ -2,7 +2,8 @@
 
 A threshold is put between two neighbouring scores. Decisions of one layer change the scores of the next, so scores are
 collected again under the new thresholds until the kept ratio, measured with the real decisions, is as near as the
-number of samples allows: with per-layer thresholds, layer by layer is settled; a global one is a fixed point.
+number of samples allows. Per-layer thresholds settle layer by layer; a global one is a fixed point, found by bisection
+where later layers jump.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from .export import local_model
 from .model import attach_routers, load_base, load_reference, routing, routing_of
 
 FEWEST_PROMPTS = 8
+#: Kept ratios this near to the target are not improved any further.
+NEAR_ENOUGH = 0.0005
 CALIBRATION_FILE = "calibration.json"
 Thresholds = float | list[float]
 
@@ -121,16 +124,20 @@ def fit(
 ) -> tuple[ModConfig, Measured]:
     """`config` with thresholds that keep `target`, and what they were measured to keep. Starts from config's own."""
     best: tuple[float, ModConfig, Measured] | None = None
-    for attempt in range(len(config.layers) + 4):
-        title = f"kept ratio {target:g}, pass {attempt + 1}"
-        found = measure(model, batches, config, title)
+    low, high = 0.0, 1.0  # a global threshold lies between them: the lower one keeps too much
+    for attempt in range(len(config.layers) + 8):
+        found = measure(model, batches, config, f"kept ratio {target:g}, pass {attempt + 1}")
         distance = found.distance(target, per_layer)
         if best is None or distance < best[0]:
             best = distance, config, found
         groups = list(found.scores.values()) if per_layer else [torch.cat(list(found.scores.values()))]
-        if distance <= 0.5 / min(map(len, groups)):
+        if distance <= max(0.5 / min(map(len, groups)), NEAR_ENOUGH):
             break
         values = [threshold_for(group, target) for group in groups]
+        if not per_layer and isinstance(config.threshold, float):
+            low, high = (config.threshold, high) if found.kept > target else (low, config.threshold)
+            if not low < values[0] < high and 0 < target < 1:
+                values = [(low + high) / 2]  # later layers answered with a jump
         following = config_with(config, values if per_layer else values[0])
         if following == config:
             break
