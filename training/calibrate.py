@@ -8,8 +8,6 @@ where later layers jump.
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -24,6 +22,7 @@ from tqdm import tqdm
 from vllm_mod.checkpoint import BaseShape, read_json, read_mod_config, read_routers, replace_json, write_thresholds
 from vllm_mod.config import ConfigError, ModConfig
 
+from . import card
 from .arguments import CalibrateArguments
 from .data import Collator, check_sources, read_sources, split_tail, tokenize
 from .export import local_model
@@ -186,8 +185,7 @@ def calibrate(args: CalibrateArguments, command: str) -> dict[str, Any]:
     }
     replace_json(directory / CALIBRATION_FILE, record)
     write_thresholds(directory, _plain(fitted))
-    with contextlib.suppress(ModuleNotFoundError):
-        importlib.import_module("training.card").write(directory)
+    card.write(directory)
     return record
 
 
