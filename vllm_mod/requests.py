@@ -57,9 +57,14 @@ class SequenceDecisions:
         """Look up the decisions of all requests of this forward; those of first prefills are still to take."""
         self._batch = batch
         self.keep = self.running.read(batch.anchors)  # host, bool [R, routed]
+        #: requests that keep, per routed layer; None while some have to decide
+        self._numbers: list[int] | None = None
         self.fresh = batch.fresh_host
-        anchors = batch.anchors[self.fresh.to(batch.device)].tolist() if self.fresh.numel() else []
         undecided, lengths, self.new_requests = [], [], []
+        if not self.fresh.numel():
+            self.undecided, self._numbers = self.fresh, self.keep.sum(0).tolist()
+            return
+        anchors = batch.anchors[self.fresh.to(batch.device)].tolist()
         for row, anchor in zip(self.fresh.tolist(), anchors, strict=True):
             told = channel.prefill(anchor) if channel else None
             request, prompt_len = told or (None, int(batch.lengths_host[row]))
@@ -95,6 +100,10 @@ class SequenceDecisions:
                 keep = keeps(segment_means(scores, self._prompt_lengths), cutoff)
                 self.keep[self.undecided, column] = agree(keep).cpu()
         return self.keep[:, column]
+
+    def number(self, column: int) -> int:
+        """How many requests keep a layer that `decide` was asked for."""
+        return int(self.keep[:, column].sum()) if self._numbers is None else self._numbers[column]
 
     def close(self) -> None:
         """Freeze what this forward decided."""

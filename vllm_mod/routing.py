@@ -114,7 +114,7 @@ class Routing:
         yield
         if self.state is not None:
             self.state.close()
-        if isinstance(self.state, SequenceDecisions):
+        if isinstance(self.state, SequenceDecisions) and self.state.undecided.numel():
             self._tell(channel, self.state.new_requests, self.state.keep[self.state.undecided])
 
     def collect(self, channel: MoDConnector) -> None:
@@ -197,7 +197,7 @@ class Route:
         state = self.routing.state
         assert isinstance(state, SequenceDecisions)
         keep = state.decide(self.column, x, self.router.weight, self.cutoff, self._agreed)
-        number = int(keep.sum())
+        number = state.number(self.column)
         if number == len(keep):
             return ALL
         return batch.whole_requests(keep, self.kv_layer) if number else NONE
