@@ -41,20 +41,22 @@ def _split_pages_kernel(
 @triton.jit
 def _dot(x, x_stride, weight, hidden, row, CHUNK: tl.constexpr):
     """`w . x` of one row in float32."""
-    total = tl.zeros((), tl.float32)
+    total = tl.zeros([CHUNK], tl.float32)
     for first in range(0, hidden, CHUNK):
         i = first + tl.arange(0, CHUNK)
         values = tl.load(x + row * x_stride + i, mask=i < hidden, other=0.0).to(tl.float32)
-        total += tl.sum(values * tl.load(weight + i, mask=i < hidden, other=0.0), 0)
-    return total
+        total += values * tl.load(weight + i, mask=i < hidden, other=0.0)
+    return tl.sum(total, 0)
 
 
 @triton.jit
 def _keeps(x, x_stride, weight, hidden, row, cutoff, CONSTANT: tl.constexpr, CHUNK: tl.constexpr):
     """`w . x >= cutoff` of one row, as int32; NaN keeps. CONSTANT: 1 keeps, 0 skips, -1 asks the score."""
     if CONSTANT >= 0:
-        return tl.full((), CONSTANT, tl.int32)
-    return tl.where(_dot(x, x_stride, weight, hidden, row, CHUNK) < cutoff, 0, 1)
+        kept = (row * 0 + CONSTANT).to(tl.int32)
+    else:
+        kept = tl.where(_dot(x, x_stride, weight, hidden, row, CHUNK) < cutoff, 0, 1)
+    return kept
 
 
 @triton.jit
@@ -91,7 +93,7 @@ def _decide_tokens_kernel(
     kept = tl.where(length > 0, _keeps(x, x_stride, weight, hidden, row, cutoff, CONSTANT, CHUNK), 0)
     tl.store(keep + row, kept != 0)
     if (kept != 0) & (tl.load(slot_mapping + row) >= 0):  # padding and dummy runs have no slots
-        tl.atomic_add(kept_count, tl.full((), 1, tl.int64))
+        tl.atomic_add(kept_count, 1)
     if ATTENTION:
         anchor = tl.load(block_table + row * table_stride).to(tl.int64)
         place = tl.where(length == 1, 0, tl.load(stored + anchor * stored_stride))

@@ -1,6 +1,10 @@
 """The Triton kernels of decode steps against their plain versions (Triton's interpreter; run by parity/test_v2)."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +14,7 @@ from vllm.triton_utils import HAS_TRITON
 
 from vllm_mod import decode, gate, kernels
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton, interpreted: see parity/test_v2.py")
+interpreted = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton, interpreted: see parity/test_v2.py")
 
 ROWS, LAYERS, ROUTED, SIZE, BLOCKS = 6, 5, 3, 4, 7
 INF = float("inf")
@@ -44,6 +48,7 @@ def make(per_request: bool, seed: int) -> tuple[Any, torch.Tensor, torch.Tensor]
     return buffers, table, lengths
 
 
+@interpreted
 @pytest.mark.parametrize("seed", range(3))
 def test_split_pages(seed: int) -> None:
     plain, table, lengths = make(True, seed)
@@ -59,6 +64,7 @@ def test_split_pages(seed: int) -> None:
             assert torch.equal(plain.tables[layer, row, :used], triton.tables[layer, row, :used])
 
 
+@interpreted
 @pytest.mark.parametrize("cutoff", [0.0, 0.3, INF, -INF])
 @pytest.mark.parametrize("index", [None, 3])
 @pytest.mark.parametrize("per_request", [True, False])
@@ -84,8 +90,24 @@ def test_decide(per_request: bool, index: int | None, cutoff: float) -> None:
             assert keep[4]
 
 
+@interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_token_scores(dtype: torch.dtype) -> None:
     x, weight = torch.randn(5, 2100).to(dtype), torch.randn(1, 2100)
     padded = torch.nn.functional.pad(x, (0, 7))[:, :2100]  # rows further apart than they are long
     torch.testing.assert_close(kernels.token_scores(padded, weight), gate.token_scores(x, weight), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.skipif(HAS_TRITON, reason="the interpreter has taken the compiler's place")
+def test_they_compile_for_a_gpu(tmp_path: Path) -> None:
+    """What the interpreter lets pass may still be refused by the compiler."""
+    pytest.importorskip("triton.backends.nvidia")
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.support.compile_kernels"],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("_kernel ") == 14
