@@ -29,6 +29,7 @@ class GatedExperts(nn.Module):
         routing, places = self._mod_routing, top_k_index.shape[-1]
         scores = pair_scores(hidden_states, routing.routers[self._mod_layer].weight, top_k_index)
         decision = routing.decide_on(self._mod_layer, scores.view(self._mod_batch, -1, places))
+        decision.experts = top_k_index.view_as(decision.keep)
         gates = decision.applied.view_as(top_k_weights).to(top_k_weights.dtype)
         return super().forward(hidden_states, top_k_index, top_k_weights * gates, *args)
 

@@ -41,6 +41,8 @@ class Decision:
     gate: Tensor
     #: The same, as the sublayer's output is multiplied by it: the task's gradient is seen here, apart from the price.
     applied: Tensor
+    #: Which experts the last axis stands for, int `[B, T, K]`; None where whole sublayers are routed.
+    experts: Tensor | None = None
 
 
 @dataclass
@@ -108,6 +110,17 @@ class Routing:
         """(kept, routed) pairs per layer of the last forward: what to add up over batches."""
         keeps = {layer: self._counted(decision.keep) for layer, decision in self.decisions.items()}
         return {layer: (float(keep.sum()), float(keep.numel())) for layer, keep in keeps.items()}
+
+    def expert_counts(self) -> dict[int, Tensor]:
+        """Float64 `[2, num_experts]` per layer of the last forward: how often each was kept, and selected at all."""
+        found = {}
+        for layer, decision in self.decisions.items():
+            if decision.experts is not None:
+                number = len(self.routers[layer].weight)
+                experts, keep = self._counted(decision.experts).flatten(), self._counted(decision.keep).flatten()
+                kept = torch.bincount(experts[keep], minlength=number)
+                found[layer] = torch.stack([kept, torch.bincount(experts, minlength=number)]).double()
+        return found
 
     def _counted(self, values: Tensor) -> Tensor:
         """Leaves padding out: `[B, T, ...]` -> `[tokens, ...]`; `[B]` as it is."""

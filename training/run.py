@@ -27,7 +27,8 @@ from .arguments import (
 from .data import Collator, Counts, read_sources, split_tail, tokenize
 from .export import base_shape, local_model
 from .loss import CapacityLoss
-from .model import attach_routers, freeze_base, load_base
+from .model import attach_routers, freeze_base, load_base, routing_of
+from .plot import plot_training
 from .trainer import Evaluation, RouterTrainer, StopOnInterrupt, as_text, summary
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,8 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
         print(f"interrupted; go on with: {again}{'' if args.resume else ' --resume'}", file=sys.stderr)
         return INTERRUPTED
 
+    if args.capacity_loss == "controller":  # the paper's way ends with the last step's routers
+        trainer.average.apply(routing_of(model).routers)
     routed = trainer.measure()
     dense = trainer.measure(threshold=0.0)
     routers = trainer.final_routers(run_dir / "final")
@@ -87,6 +90,7 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
             "trainer_log.json": as_text(_log_record(trainer, routed, dense, data_record)),
         }
         write_checkpoint(base, args.output, config, routers, records)
+        plot_training(trainer.history, args.target_capacity, Path(args.output))
         _report(args, routed, dense, trainer.state.max_steps)
         if args.run_dir is None:
             shutil.rmtree(run_dir, ignore_errors=True)
@@ -158,6 +162,6 @@ def _report(args: RouterArguments, routed: Evaluation, dense: Evaluation, steps:
     print(f"kept on held-out data: {routed.mean_kept:.3f} (target {args.target_capacity:g}); {summary(routed)}")
     print(f"perplexity on held-out data: {routed.perplexity:.2f} routed, {dense.perplexity:.2f} dense")
     if args.capacity_loss == "controller" and abs(routed.mean_kept - args.target_capacity) > 0.05:
-        # Short runs end before the controller settles: it needs a hundred steps or so.
+        # Short runs end before the controller settles: it needs a hundred steps.
         log.warning("the target capacity was missed after %d steps; train longer (more samples or epochs)", steps)
     print(f"written: {args.output}")

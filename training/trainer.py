@@ -7,7 +7,7 @@ import json
 import math
 import signal
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,11 +21,13 @@ from transformers import Trainer, TrainerCallback
 from vllm_mod.checkpoint import ROUTERS_FILE, router_name
 from vllm_mod.config import ConfigError, ModConfig
 
+from .average import TailAverage
 from .data import IGNORED
 from .loss import CapacityLoss
 from .model import routing, routing_of
 
 _STATE_FILE = "capacity.json"
+_AVERAGE_FILE = "average.{}.safetensors"  # one per process
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Evaluation:
 
     loss: float
     kept: dict[int, float]
+    #: Per routed layer, where experts are routed: how often each was kept, and selected at all; float64 `[2, experts]`.
+    experts: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -44,12 +48,20 @@ class Evaluation:
         return sum(self.kept.values()) / len(self.kept) if self.kept else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        return {
+        data: dict[str, Any] = {
             "loss": self.loss,
             "perplexity": self.perplexity,
             "kept": self.mean_kept,
             "kept_per_layer": {str(layer): ratio for layer, ratio in self.kept.items()},
         }
+        if self.experts:
+            counts = {str(layer): counts.tolist() for layer, counts in self.experts.items()}
+            data["kept_per_expert"] = {
+                layer: [k / s if s else None for k, s in zip(kept, selected, strict=True)]
+                for layer, (kept, selected) in counts.items()
+            }
+            data["selected_per_expert"] = {layer: [int(n) for n in selected] for layer, (_, selected) in counts.items()}
+        return data
 
 
 class RouterTrainer(Trainer):
@@ -60,12 +72,14 @@ class RouterTrainer(Trainer):
     def __init__(self, *args: Any, capacity: CapacityLoss, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.capacity = capacity
+        self.average = TailAverage()
         #: One entry per optimizer step: kept ratio per layer and lambda. Goes into trainer_log.json.
         self.history: list[dict[str, Any]] = []
         #: Kept ratios of the micro-batches of the step that is being taken.
         self._measured: list[Tensor] = []
-        #: What keeping is worth in them.
+        #: What keeping is worth in them, and their task loss.
         self._effects: list[Tensor] = []
+        self._losses: list[Tensor] = []
         self._logged = 0
         self.add_callback(_AfterStep(self))
 
@@ -88,9 +102,11 @@ class RouterTrainer(Trainer):
         measured = self.accelerator.reduce(torch.stack(list(kept.values())).detach(), "mean")
         self._measured.append(measured)
         penalty = self.capacity(kept, float(measured.mean()))
+        parts = 1
         if num_items_in_batch is not None and self.model_accepts_loss_kwargs:
-            penalty = penalty / self.current_gradient_accumulation_steps  # the task loss is scaled already
-        loss = loss + penalty
+            parts = self.current_gradient_accumulation_steps  # the task loss is scaled already
+        self._losses.append(self.accelerator.reduce(loss.detach() * parts, "mean"))
+        loss = loss + penalty / parts
         return (loss, outputs) if return_outputs else loss
 
     def after_step(self) -> None:
@@ -100,14 +116,17 @@ class RouterTrainer(Trainer):
         kept = torch.stack(self._measured).mean(0).tolist()
         # The task loss is normalised over all micro-batches, kept ratios over each.
         effect = float(torch.stack(self._effects).sum())
-        self._measured.clear()
-        self._effects.clear()
+        loss = float(torch.stack(self._losses).mean())
+        for noted in (self._measured, self._effects, self._losses):
+            noted.clear()
         mean = sum(kept) / len(kept)
         self.capacity.step(mean, effect, self._learning_rate_share())
-        layers = routing_of(self.model).config.layers
+        state = routing_of(self.model)
+        self.average.update(state.routers, self.state.global_step / max(self.state.max_steps, 1))
         self.history.append(
-            {"step": self.state.global_step, "kept": mean, "lambda": self.capacity.weight, "scale": self.capacity.scale}
-            | {"kept_per_layer": dict(zip(map(str, layers), kept, strict=True))}
+            {"step": self.state.global_step, "loss": loss, "kept": mean}
+            | {"lambda": self.capacity.weight, "scale": self.capacity.scale}
+            | {"kept_per_layer": dict(zip(map(str, state.config.layers), kept, strict=True))}
         )
 
     def _learning_rate_share(self) -> float:
@@ -134,6 +153,7 @@ class RouterTrainer(Trainer):
         model = self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model
         was_training = model.training
         totals = torch.zeros(2 + 2 * len(config.layers), dtype=torch.float64, device=self.args.device)
+        experts: dict[int, Tensor] = {}
         if threshold is not None:
             state.config = ModConfig.parse(config.model_dump() | {"threshold": threshold}, "threshold")
         model.eval()
@@ -146,12 +166,15 @@ class RouterTrainer(Trainer):
                 pairs = state.counts()
                 row = [float(loss) * supervised, supervised, *(n for layer in config.layers for n in pairs[layer])]
                 totals += torch.tensor(row, dtype=torch.float64, device=totals.device)
+                for layer, counts in state.expert_counts().items():
+                    experts[layer] = experts.get(layer, 0) + counts
         finally:
             state.config = config
             model.train(was_training)
         values = self.accelerator.reduce(totals, "sum").tolist()
         kept = {layer: values[2 + 2 * i] / values[3 + 2 * i] for i, layer in enumerate(config.layers)}
-        return Evaluation(values[0] / values[1], kept)
+        experts = {layer: self.accelerator.reduce(counts, "sum").cpu() for layer, counts in experts.items()}
+        return Evaluation(values[0] / values[1], kept, experts)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         result = self.measure()
@@ -178,6 +201,9 @@ class RouterTrainer(Trainer):
         state = {"capacity": self.capacity.state_dict(), "history": self.history}
         (directory / _STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
+    def save_average(self, directory: Path) -> None:
+        save_file(self.average.state_dict(), directory / _AVERAGE_FILE.format(self.args.process_index))
+
     def restore(self, directory: Path) -> None:
         """Routers and controller of a saved state. Call it before `train`, while no parameter is sharded yet."""
         try:
@@ -187,6 +213,7 @@ class RouterTrainer(Trainer):
                 router.weight.data.copy_(tensors[router_name(layer)])
             self.capacity.load_state_dict(state["capacity"])
             self.history = state["history"]
+            self.average.load_state_dict(load_file(directory / _AVERAGE_FILE.format(self.args.process_index)))
         except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
             raise ConfigError(f"{directory}: cannot be resumed from: {error}") from None
         self._logged = len(self.history)
@@ -208,6 +235,9 @@ class _AfterStep(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.after_step()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.save_average(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 class StopOnInterrupt(TrainerCallback):

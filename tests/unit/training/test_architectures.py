@@ -122,7 +122,9 @@ def test_padding_is_neither_counted_nor_seen(bases: dict[str, Path], tmp_path: P
     with routing(model) as state:
         logits = model(ids, attention_mask=mask, use_cache=False).logits
     torch.testing.assert_close(logits[1, :14], alone, atol=1e-4, rtol=1e-4)
-    assert state.counts()[1][1] == (23 + 14) * 2
+    kept, routed = state.counts()[1]
+    assert routed == (23 + 14) * 2
+    assert state.expert_counts()[1].sum(1).tolist() == [kept, routed]
 
 
 def test_router_shapes(bases: dict[str, Path]) -> None:
@@ -158,3 +160,9 @@ def test_experts_are_trained_from_the_command_line(bases: dict[str, Path], data_
     experts = BaseShape.of(read_json(output / "config.json"), name).num_experts
     for weight in load_file(output / "routers.safetensors").values():
         assert weight.shape[0] == experts and weight.abs().sum() > 0
+    held_out = read_json(output / "trainer_log.json")["held_out"]
+    for layer, kept in held_out["kept_per_layer"].items():
+        selected, ratios = held_out["selected_per_expert"][layer], held_out["kept_per_expert"][layer]
+        assert len(selected) == len(ratios) == experts and [r is None for r in ratios] == [s == 0 for s in selected]
+        total = sum(r * s for r, s in zip(ratios, selected, strict=True) if s)
+        assert total / sum(selected) == pytest.approx(kept)
