@@ -59,7 +59,7 @@ class Run:
             "--model", str(args.model), "--data", *self.sources, "--output", str(args.work / self.name),
             "--granularity", self.granularity, "--target-capacity", f"{self.target:g}",
             "--layers", *map(str, self.layers), "--max-train-samples", str(self.samples),
-            "--max-length", str(args.max_length), "--eval-fraction", f"{args.fraction:g}", "--max-eval-samples", "64",
+            "--max-length", str(args.max_length), "--eval-fraction", f"{args.fraction:g}", "--max-eval-samples", "32",
             "--per-device-train-batch-size", str(args.batch_size), "--bf16", str(args.bf16).lower(),
             "--seed", str(self.seed),
         ]  # fmt: skip

@@ -259,16 +259,16 @@ def write(record: dict[str, Any], args: argparse.Namespace) -> None:
 
     from .quality_report import plot, table, text
 
+    progress(markdown_table(*table(record)))
+    write_json(args.output, record)
+    args.output.with_suffix(".md").write_text(text(record, args.output.stem), encoding="utf-8")
+    if record.get("curve"):
+        plot(record, args.output.with_suffix(".png"))
     evaluation = {k: record[k] for k in ("command", "machine", "tasks", "recovery", "static_recovery", "kept_ratio")}
     evaluation["perplexity"] = {k: v["perplexity"] for k, v in record.get("perplexity", {}).items()}
     evaluation["curve"] = record.get("curve", [])
     (args.checkpoint / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n", encoding="utf-8")
     card.write(args.checkpoint)
-    write_json(args.output, record)
-    args.output.with_suffix(".md").write_text(text(record, args.output.stem), encoding="utf-8")
-    if record.get("curve"):
-        plot(record, args.output.with_suffix(".png"))
-    progress(markdown_table(*table(record)))
 
 
 if __name__ == "__main__":

@@ -25,11 +25,7 @@ def text(record: dict[str, Any], stem: str) -> str:
         "difference. *Cut*: requests longer than the model allows, which lost their first shots.",
         f"Recovery (mean over tasks of the quotient to base): routed {_share(record['recovery'])}, "
         f"static drop {_share(record['static_recovery'])}."
-        + (
-            f" Left out, since the base scores 0: {', '.join(left)}."
-            if (left := record["left_out_of_recovery"])
-            else ""
-        ),
+        + (f" Left out, since the base scores 0: {left_out}." if left_out else ""),
     ]
     if "perplexity" in record:
         header = ["held-out answers", "kept ratio", "perplexity", "relative to base"]

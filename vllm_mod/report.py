@@ -130,7 +130,8 @@ def _legend(figure: Any, *axes: Any) -> None:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     if found:
-        columns = max(1, min(len(found), 90 // max(map(len, found))))
+        room = figure.get_size_inches()[0] * 12  # characters, roughly
+        columns = max(1, min(len(found), int(room / (max(map(len, found)) + 7))))
         figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, fontsize=10)
 
 
@@ -182,7 +183,7 @@ def experts(records: Sequence[Record]) -> Any:
     return figure
 
 
-def _quality(records: Sequence[Record]) -> tuple[str, Callable[[Record], float | None]]:
+def _quality(records: Sequence[Record]) -> tuple[str, Callable[[Record], Any]]:
     """The measure that all have: recovery of the tasks, else perplexity."""
     if all(r.evaluation.get("recovery") is not None for r in records):
         return "recovery (mean over tasks, routed / base)", lambda r: r.evaluation["recovery"]
@@ -206,14 +207,18 @@ def _against(
         found.sort(key=value)
         color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
         x, y = [value(r) for r in found], [quality(r) for r in found]
-        means = sorted((v, [b for a, b in zip(x, y, strict=True) if a == v]) for v in set(x))  # seeds
-        axis.plot([v for v, _ in means], [sum(b) / len(b) for _, b in means], color=color, linewidth=1)  # type: ignore[arg-type]
         axis.plot(x, y, marker, color=color, label=key)
-        for record in found:
-            axis.annotate(f"kept {record.held_out['kept']:.2f}", (value(record), quality(record)), fontsize=8,
-                          xytext=(5, 5), textcoords="offset points")  # fmt: skip
+        means = []
+        for at in sorted(set(x)):  # over seeds
+            there = [r for r in found if value(r) == at]
+            kept = sum(r.held_out["kept"] for r in there) / len(there)
+            means.append(sum(map(quality, there)) / len(there))
+            axis.annotate(f"kept {kept:.2f}", (at, max(map(quality, there))), fontsize=9, color=color,
+                          xytext=(0, 7), textcoords="offset points", ha="center")  # fmt: skip
+        axis.plot(sorted(set(x)), means, color=color, linewidth=1)
     axis.axhline(1.0, color="#666666", linestyle=":", label="dense")
     axis.set(xlabel=what, ylabel=label)
+    axis.set_xticks(sorted({value(r) for r in usable}))
     axis.margins(0.12)
     _legend(figure, axis)
     return figure
@@ -225,9 +230,7 @@ def routed_layers(records: Sequence[Record]) -> Any:
     def same(record: Record) -> str:
         return f"{record.config.granularity}, target {record.config.target_capacity}, {record.training_samples} samples"
 
-    figure = _against(records, "number of routed layers", lambda r: len(r.config.layers), same)
-    figure.axes[0].xaxis.get_major_locator().set_params(integer=True)
-    return figure
+    return _against(records, "number of routed layers", lambda r: len(r.config.layers), same)
 
 
 def training_samples(records: Sequence[Record]) -> Any:
@@ -237,8 +240,15 @@ def training_samples(records: Sequence[Record]) -> Any:
         layers = f"{len(record.config.layers)} routed layers"
         return f"{record.config.granularity}, target {record.config.target_capacity}, {layers}"
 
+    from matplotlib.ticker import NullLocator, ScalarFormatter
+
     figure = _against(records, "number of training samples", lambda r: r.training_samples, same)
-    figure.axes[0].set_xscale("log")
+    axis = figure.axes[0]
+    ticks = axis.get_xticks()
+    axis.set_xscale("log")
+    axis.set_xticks(ticks)
+    axis.xaxis.set_major_formatter(ScalarFormatter())
+    axis.xaxis.set_minor_locator(NullLocator())
     return figure
 
 
@@ -275,9 +285,8 @@ def quality_against_kept(records: Sequence[Record]) -> Any:
     for axis, label in zip(axes, ("perplexity / dense (held-out answers)", "recovery of the tasks (mean of quotients)"),
                            strict=False):  # fmt: skip
         axis.axhline(1.0, color="#666666", linestyle=":", label="base model")
-        axis.set(xlabel="kept ratio of the routed sublayers", ylabel=label)
-        axis.margins(0.1)
-        axis.invert_xaxis()
+        axis.set(xlabel="kept ratio of the routed sublayers", ylabel=label, xlim=(1.03, -0.03))
+        axis.margins(y=0.1)
     _legend(figure, *axes)
     return figure
 
