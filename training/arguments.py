@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -135,6 +135,33 @@ class ExportArguments:
     max_length: int = field(default=1024, metadata={"help": "tokens of a calibration sample"})
 
 
+@dataclass
+class CalibrateArguments:
+    """Thresholds that give a checkpoint the kept ratio asked for, and a table of further operating points."""
+
+    checkpoint: str = field(metadata={"help": "full checkpoint or router-only directory; its config is rewritten"})
+    data: list[str] = field(
+        metadata={"help": "prompts like those that will be served (with answers at token level); sources as for train"}
+    )
+    target_capacity: float = field(metadata={"help": "kept ratio to set, from 0 to 1"})
+    per_layer: bool = field(
+        default=False, metadata={"help": "a threshold for each layer, so that every layer keeps this ratio by itself"}
+    )
+    operating_points: list[float] = field(
+        default_factory=lambda: [0.9, 0.75, 0.6, 0.5, 0.4, 0.25],
+        metadata={"help": "further kept ratios whose thresholds are written down"},
+    )
+    eval_fraction: float = field(
+        default=0.0, metadata={"help": "take the last part of every file alone, as train held it out; 0: all rows"}
+    )
+    max_samples: int = field(default=512, metadata={"help": "calibration samples"})
+    max_length: int = field(default=1024, metadata={"help": "tokens of a sample; longer ones are truncated"})
+    batch_size: int = field(default=16, metadata={"help": "samples per forward"})
+    model: str | None = field(
+        default=None, metadata={"help": "base model of a router-only directory; default: the one it names"}
+    )
+
+
 class OneLineParser(HfArgumentParser):
     """Errors in one line; the hundred flags of TrainingArguments are shown by --help alone."""
 
@@ -143,12 +170,14 @@ class OneLineParser(HfArgumentParser):
         sys.exit(2)
 
 
-def _names(arguments: Any) -> set[str]:
-    return {f.name for f in fields(arguments)}
-
-
 def parse(types: Sequence[Any], prog: str, argv: Sequence[str]) -> tuple[Any, ...]:
-    required = " ".join(f"--{name} {name.upper()}" for name in ("model", "data", "output") if name in _names(types[0]))
+    """One object per type. Raises ConfigError where values do not go together; exits with one line on unknown flags."""
+    needed = [f.name for f in fields(types[0]) if f.default is MISSING and f.default_factory is MISSING]
+    required = " ".join(f"--{name.replace('_', '-')} {name.upper()}" for name in needed)
+    if needed[0] == "checkpoint":  # the one argument without a flag
+        required = required.removeprefix("--checkpoint ")
+        if argv and not argv[0].startswith("-"):
+            argv = ["--checkpoint", *argv]
     parser = OneLineParser(
         list(types),
         prog=prog,

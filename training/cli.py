@@ -1,4 +1,4 @@
-"""`router-tuning train | export`: the only place that touches argv, and where errors become one line."""
+"""`router-tuning train | export | calibrate`: the only place that touches argv, and where errors become one line."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ USAGE = """usage: router-tuning COMMAND [flags]
 commands:
   train     tune routers on instruction data, write a full checkpoint
   export    base model + routers (or a static granularity) -> full checkpoint
+  calibrate set a checkpoint's thresholds for an exact kept ratio
 
 `router-tuning COMMAND --help` lists the flags."""
 
@@ -36,6 +37,16 @@ def export(argv: Sequence[str]) -> int:
     return 0
 
 
+def calibrate(argv: Sequence[str]) -> int:
+    from .arguments import CalibrateArguments, parse
+    from .calibrate import calibrate as run_calibrate
+    from .calibrate import report
+
+    (args,) = parse([CalibrateArguments], "router-tuning calibrate", argv)
+    report(run_calibrate(args, shlex.join(["router-tuning", "calibrate", *argv])), args.checkpoint)
+    return 0
+
+
 def run_record(argv: Sequence[str]) -> dict[str, str]:
     """File name -> text: how a checkpoint came to be. Nothing about the machine."""
     names = ("vllm-mod", "torch", "transformers", "datasets", "accelerate")
@@ -50,7 +61,11 @@ def _version(distribution: str) -> str:
         return "not installed"
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "export": export}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "export": export,
+    "calibrate": calibrate,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -238,6 +238,31 @@ def _save_routers(directory: Path, routers: Mapping[int, Tensor]) -> None:
     tensors = {router_name(i): w.detach().to("cpu").contiguous() for i, w in routers.items()}
     save_file(tensors, directory / ROUTERS_FILE, metadata={"format": "pt"})
     (directory / ROUTERS_FILE).chmod(0o644)  # safetensors leaves 0600: nobody else could serve the checkpoint
+
+
+def write_thresholds(directory: str | Path, thresholds: float | Sequence[float]) -> None:
+    """Set `threshold` where a full checkpoint or a router-only directory keeps it; the file is never half-written."""
+    directory = Path(directory)
+    alone = (directory / ROUTER_CONFIG_FILE).is_file()
+    path = directory / (ROUTER_CONFIG_FILE if alone else "config.json")
+    data = read_json(path)
+    settings = (data if alone else data["mod_config"]) | {"threshold": thresholds}
+    config = ModConfig.parse(settings, str(path)).to_dict()
+    replace_json(path, config if alone else data | {"mod_config": config})
+
+
+def replace_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a JSON file in one step. An old file of that name keeps its content where it is linked elsewhere."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        _write_json(temporary, data)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error}; it is as it was") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -26,6 +26,7 @@ from vllm_mod.checkpoint import (
     router_name,
     write_checkpoint,
     write_routers,
+    write_thresholds,
 )
 from vllm_mod.config import ARCHITECTURES, ConfigError, ModConfig
 
@@ -333,3 +334,25 @@ def test_routers_of_a_mixture_of_experts_are_not_ours(tmp_path):
     tensors = {router_name(2): torch.zeros(1, 8), "model.layers.2.mlp.router.weight": torch.zeros(4, 8)}
     save_file(tensors, tmp_path / WEIGHTS_FILE)
     assert load_router_tensors(tmp_path)[1].keys() == {router_name(2)}
+
+
+def test_a_config_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    path.write_text('{"mod_config": {"version": 1, "granularity": "attn_token", "layers": [1, 2]}, "x": 1}')
+    (tmp_path / "linked.json").hardlink_to(path)
+    before = path.read_text()
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "replace", fail)
+        with pytest.raises(ConfigError, match="disk full; it is as it was"):
+            write_thresholds(tmp_path, [0.25, 0.75])
+    assert path.read_text() == before and len(list(tmp_path.iterdir())) == 2
+    write_thresholds(tmp_path, [0.25, 0.75])
+    assert read_mod_config(tmp_path).threshold == (0.25, 0.75)
+    assert json.loads(path.read_text())["x"] == 1
+    assert (tmp_path / "linked.json").read_text() == before
+    with pytest.raises(ConfigError, match="threshold"):
+        write_thresholds(tmp_path, 1.5)

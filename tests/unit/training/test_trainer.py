@@ -45,6 +45,7 @@ def test_a_run_writes_a_full_checkpoint_with_its_record(base_dir, data_file, tmp
     assert set(log["held_out"]["kept_per_layer"]) == {"1", "2"}
     assert [s["step"] for s in log["steps"]] == list(range(1, 9)) and {"lambda", "kept"} <= set(log["steps"][0])
     assert log["data"]["training"]["used"] == 64
+    assert all(0 < s["loss"] < 20 for s in log["steps"])
     assert any("kept" in entry and "lambda" in entry for entry in log["log"])
     assert "router-tuning train" in (out / "train_command.txt").read_text()
     arguments = json.loads((out / "training_args.json").read_text())
@@ -95,6 +96,8 @@ def test_accumulated_micro_batches_equal_one_batch(base_dir, data_file, tmp_path
     assert train(base_dir, data_file, tmp_path / "two", "--max-steps", "1", "--capacity-loss", "paper", *more) == 0
     one, two = (json.loads((tmp_path / n / "trainer_log.json").read_text()) for n in ("one", "two"))
     assert one["steps"][0]["kept"] == two["steps"][0]["kept"]
+    # Each micro-batch's part is weighed with its share of all supervised tokens.
+    assert one["steps"][0]["loss"] == pytest.approx(two["steps"][0]["loss"], rel=1e-5)
     assert one["steps"][0]["scale"] == pytest.approx(two["steps"][0]["scale"], rel=0.1)  # a mean of roots of means
     for name, weight in routers_of(tmp_path / "one").items():
         torch.testing.assert_close(weight, routers_of(tmp_path / "two")[name], atol=1e-5, rtol=1e-3)

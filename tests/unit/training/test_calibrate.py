@@ -1,0 +1,216 @@
+"""Calibration: the kept ratio that is asked for, at every granularity, and nothing else of the checkpoint touched."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from tests.support.models import random_routers, routed_checkpoint, tiny_model
+from training.calibrate import measure, threshold_for
+from training.cli import main
+from training.data import read_sources, tokenize
+from training.model import load_reference, reference_decisions, reference_logits
+from vllm_mod.checkpoint import read_mod_config, write_routers
+from vllm_mod.config import ModConfig, logit
+from vllm_mod.gate import keeps
+
+
+def calibrate(checkpoint: Path, data: Path, *more: str, target: str = "0.5") -> int:
+    flags = ["--data", str(data), "--target-capacity", target, "--max-length", "64", *more]
+    return main(["calibrate", str(checkpoint), *flags])
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    """Questions that share no beginning, so that no two scores are equal."""
+    path, random = tmp_path_factory.mktemp("texts") / "texts.jsonl", Random(0)
+    rows = []
+    for _ in range(60):
+        words = ["".join(random.choices("abcdefghijklmnopqrstuvwxyz ", k=random.randint(8, 24))) for _ in range(2)]
+        rows.append({"prompt": words[0], "completion": words[1]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def routed(base_dir, tmp_path):
+    def make(granularity: str, layers: tuple[int, ...] = (1, 2, 3)) -> Path:
+        return routed_checkpoint(base_dir, tmp_path / granularity, granularity, layers, seed=3)
+
+    return make
+
+
+def record_of(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / "calibration.json").read_text())
+
+
+def served_kept(checkpoint: Path, data: Path) -> dict[int, float]:
+    """Kept ratio per layer, one sequence at a time by the reference."""
+    from transformers import AutoTokenizer
+
+    config = read_mod_config(checkpoint)
+    samples, _ = tokenize(read_sources([str(data)])[str(data)], AutoTokenizer.from_pretrained(checkpoint), 64)
+    model = load_reference(checkpoint)
+    keep: dict[int, list[bool]] = {layer: [] for layer in config.layers}
+    for sample in samples:
+        ids = sample["input_ids"][: sample["prompt_len"]] if config.level == "sequence" else sample["input_ids"]
+        reference_logits(model, ids, sample["prompt_len"])
+        for layer, decision in reference_decisions(model).items():
+            keep[layer] += decision.flatten().tolist()
+    return {layer: sum(k) / len(k) for layer, k in keep.items()}
+
+
+@pytest.mark.parametrize(
+    ("granularity", "per_layer"), [("attn_sequence", False), ("mlp_sequence", True), ("block_token", True)]
+)
+def test_the_kept_ratio_is_the_one_asked_for(routed, texts, granularity, per_layer, capsys):
+    checkpoint = routed(granularity)
+    more = ("--per-layer", "true") if per_layer else ()
+    assert calibrate(checkpoint, texts, "--operating-points", "0.25", "0.7", *more, target="0.3") == 0
+    found = served_kept(checkpoint, texts)
+    mean = sum(found.values()) / 3
+    record = record_of(checkpoint)
+    for kept in found.values() if per_layer else [mean]:
+        assert kept == pytest.approx(0.3, abs=0.005)
+    assert record["kept"] == pytest.approx(mean, abs=1e-3)
+    assert record["kept_per_layer"] == pytest.approx({str(k): v for k, v in found.items()}, abs=1e-3)
+    threshold = read_mod_config(checkpoint).threshold
+    assert record["threshold"] == (list(threshold) if per_layer else threshold)
+    assert (record["samples"], record["per_layer"], record["target_capacity"]) == (60, per_layer, 0.3)
+    assert [p["target"] for p in record["operating_points"]] == [0.7, 0.25]
+    for point in record["operating_points"]:
+        assert point["kept"] == pytest.approx(point["target"], abs=0.005 if granularity != "attn_sequence" else 0.01)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "--additional-config" in line]
+    knobs = [json.loads(line.split("--additional-config ")[1].strip("'")) for line in lines]
+    assert [k["mod"]["threshold"] for k in knobs] == [p["threshold"] for p in record["operating_points"]]
+
+
+def test_experts(data_file, tmp_path):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 3, "head_dim": None}
+    base = tiny_model(tmp_path / "base", "olmoe", **experts)
+    checkpoint = routed_checkpoint(base, tmp_path / "mod", "expert_token", (1, 2))
+    assert calibrate(checkpoint, data_file, "--operating-points", "0.8", "--max-samples", "40", target="0.6") == 0
+    assert record_of(checkpoint)["kept"] == pytest.approx(0.6, abs=0.005)
+
+
+def test_only_the_threshold_and_the_record_change(routed, base_dir, data_file):
+    checkpoint = routed("attn_sequence")
+    linked = checkpoint.parent / "linked.json"
+    os.link(checkpoint / "config.json", linked)
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    config = json.loads(before["config.json"])
+    assert calibrate(checkpoint, data_file, "--operating-points", "0.5") == 0
+    after = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed - {"README.md"} == {"config.json", "calibration.json"}
+    assert linked.read_bytes() == before["config.json"]
+    config["mod_config"]["threshold"] = record_of(checkpoint)["threshold"]
+    assert json.loads(after["config.json"]) == config
+    assert load_file(checkpoint / "model.safetensors").keys() == load_file(base_dir / "model.safetensors").keys()
+
+
+def test_the_ends_keep_and_skip_everything(routed, data_file):
+    checkpoint = routed("attn_token")
+    for target, threshold in (("0", 1.0), ("1", 0.0)):
+        assert calibrate(checkpoint, data_file, "--max-samples", "20", "--operating-points", "0.5", target=target) == 0
+        assert read_mod_config(checkpoint).threshold == threshold
+        assert record_of(checkpoint)["kept"] == float(target)
+
+
+def test_routers_alone(base_dir, data_file, tmp_path, capsys):
+    config = {"version": 1, "granularity": "attn_sequence", "layers": [1, 2], "base_model": str(base_dir)}
+    routers = random_routers(ModConfig.parse(config, "test"), 32)
+    write_routers(tmp_path / "routers", ModConfig.parse(config, "test"), routers)
+    assert calibrate(tmp_path / "routers", data_file, "--operating-points", "0.5", target="0.4") == 0
+    stored = json.loads((tmp_path / "routers" / "mod_config.json").read_text())
+    assert stored == config | {"threshold": record_of(tmp_path / "routers")["threshold"]}
+    del config["base_model"]
+    write_routers(tmp_path / "nameless", ModConfig.parse(config, "test"), routers)
+    assert calibrate(tmp_path / "nameless", data_file) == 2
+    assert "--model" in capsys.readouterr().err
+
+
+def test_a_held_out_part(routed, data_file):
+    checkpoint = routed("attn_sequence")
+    assert calibrate(checkpoint, data_file, "--operating-points", "0.5", "--eval-fraction", "0.25") == 0
+    assert record_of(checkpoint)["samples"] == 36
+
+
+def test_what_cannot_be_calibrated_is_refused_before_the_work(routed, base_dir, data_file, tmp_path, capsys):
+    checkpoint = routed("attn_sequence")
+    static = routed_checkpoint(base_dir, tmp_path / "static", "attn_static", (1, 2))
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(data_file.read_text().splitlines(keepends=True)[:7]))
+    before = {path: path.read_bytes() for path in (checkpoint / "config.json", static / "config.json")}
+    cases = [
+        ((tmp_path / "absent", data_file), {}, "absent: no such checkpoint"),
+        ((base_dir, data_file), {}, "key 'mod_config' is missing"),
+        ((static, data_file), {}, "attn_static has no routers"),
+        ((checkpoint, tmp_path / "no.jsonl"), {}, "no.jsonl: no such file"),
+        ((checkpoint, few), {}, "few.jsonl: 7 usable prompts"),
+        ((checkpoint, data_file), {"target": "1.01"}, "--target-capacity 1.01"),
+        ((checkpoint, data_file), {"target": "nan"}, "--target-capacity nan"),
+        ((checkpoint, data_file, "--operating-points", "0.5", "-1"), {}, "--operating-points -1"),
+        ((checkpoint, data_file, "--eval-fraction", "1"), {}, "--eval-fraction 1"),
+        ((checkpoint, data_file, "--max-samples", "0"), {}, "--max-samples 0"),
+    ]
+    for arguments, keywords, message in cases:
+        assert calibrate(*arguments, **keywords) == 2, message
+        errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+        assert len(errors) == 1 and message in errors[0]
+    assert all(path.read_bytes() == text for path, text in before.items())
+    assert not (checkpoint / "calibration.json").exists()
+    with pytest.raises(SystemExit):
+        main(["calibrate", str(checkpoint), "--data", str(data_file)])
+    assert "--target-capacity" in capsys.readouterr().err
+
+
+def test_an_interrupt_leaves_the_checkpoint_as_it_was(routed, data_file, monkeypatch):
+    checkpoint = routed("attn_sequence")
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.calibrate.fit", interrupted)
+    assert calibrate(checkpoint, data_file) == 130
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+
+
+@given(
+    scores=st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=40),
+    target=st.floats(0, 1),
+)
+def test_no_other_threshold_comes_nearer(scores, target):
+    values = torch.tensor(scores, dtype=torch.float64)
+    kept = keeps(values, logit(json.loads(json.dumps(threshold_for(values, target))))).double().mean()
+    possible = [0.0, *((values >= v).double().mean() for v in values)]
+    nearest = min(abs(float(p) - target) for p in possible)
+    # midpoints of scores that float64's sigmoid cannot tell apart are as good as ties
+    assert abs(float(kept) - target) <= nearest + 1e-12 or min_gap(values) < 1e-3
+
+
+def min_gap(values: torch.Tensor) -> float:
+    distinct = values.unique()
+    return float((distinct[1:] - distinct[:-1]).min()) if len(distinct) > 1 else 1.0
+
+
+def test_padding_is_never_counted(routed):
+    checkpoint = routed("attn_token")
+    model = load_reference(checkpoint)
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
+        "prompt_mask": torch.tensor([[True, True, False, False], [True, False, False, False]]),
+    }
+    found = measure(model, [batch], read_mod_config(checkpoint))
+    assert {layer: pairs[:, 1].tolist() for layer, pairs in found.pairs.items()} == {i: [4, 2] for i in (1, 2, 3)}
+    assert all(len(scores) == 6 for scores in found.scores.values())
