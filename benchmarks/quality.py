@@ -57,7 +57,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--thresholds", type=float, nargs="*", help="further points of the plot, by perplexity "
         "(default: the operating points that `router-tuning calibrate` stored)")  # fmt: skip
     add("--reference", type=int, default=0, metavar="N", help="score the first N documents of each task by the float32 "
-        "reference too, and compare (slow: no KV cache)")  # fmt: skip
+        "reference too, and compare; an eighth as many where answers are generated: it has no KV cache")  # fmt: skip
     add("--dtype", default="auto", help="of the engine; float32 to compare with the reference (default: %(default)s)")
     add("--model-args", type=json.loads, default={}, metavar="JSON", help="more of vLLM's engine arguments, such as "
         """'{"tensor_parallel_size": 2}'""")  # fmt: skip
@@ -235,7 +235,8 @@ def compare_with_reference(
 ) -> dict[str, Any]:
     """The first documents of each task by the reference: both means, and the largest difference of a likelihood."""
     progress("lm-eval on the float32 reference: checkpoint")
-    few = Load(load.tasks, min(args.reference, args.limit or args.reference), load.data_dir, load.include_path)
+    number = min(args.reference, args.limit or args.reference)
+    few = Load(load.tasks, number, load.data_dir, load.include_path, generated=max(1, number // 8))
     path, longest = str(args.checkpoint.resolve()), engine["max_length"]
     found = finished.get("reference", lambda: isolated(reference_scores, path, few, longest, **ENVIRONMENT))["tasks"]
     return {name: _compared(found[name], engine["tasks"][name]) for name in found}

@@ -76,8 +76,8 @@ def orders(switches: Switches, samples: Samples, routed: Sequence[int], depth: i
 
 def greedy_order(cost: Callable[[Iterable[int]], float], layers: Sequence[int], depth: int) -> list[int]:
     """One by one the layer that costs least; only those are tried that are among the better half when dropped alone."""
-    alone = sorted(tqdm(layers, desc=f"static drop of {len(layers)} layers, one by one"), key=lambda i: cost([i]))
-    candidates = alone[: max(depth, len(layers) // 2)]
+    costs = {i: cost([i]) for i in tqdm(layers, desc=f"greedy static drop among {len(layers)} layers")}
+    candidates = sorted(layers, key=lambda i: costs[i])[: max(depth, len(layers) // 2)]
     dropped = candidates[:1]
     while len(dropped) < min(depth, len(layers)):
         dropped.append(min((i for i in candidates if i not in dropped), key=lambda i: cost([*dropped, i])))

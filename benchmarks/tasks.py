@@ -49,6 +49,12 @@ class Load:
     limit: int | None
     data_dir: str | None
     include_path: str | None
+    generated: int | None = None  #: instead of `limit`, for tasks whose answers are generated
+
+    def limit_of(self, name: str, parts: int) -> int | None:
+        """Documents of each of a task's parts: about `limit` of them in all, and at least one of each."""
+        limit = self.generated if self.generated and TASKS[name].metric == "exact_match" else self.limit
+        return None if limit is None else max(1, round(limit / parts))
 
 
 def load_tasks(load: Load) -> tuple[Any, dict[str, Any]]:
@@ -88,7 +94,7 @@ def leaves(task: Any) -> list[Any]:
 
 
 def _too_few(task: Any, shots: int) -> bool:
-    return task.has_training_docs() and 0 < len(list(task.training_docs())) < shots
+    return shots > 0 and len(task.sampler.df) < shots
 
 
 def check_tasks(load: Load) -> dict[str, int]:
@@ -96,14 +102,9 @@ def check_tasks(load: Load) -> dict[str, int]:
     _, found = load_tasks(load)
     counts = {}
     for name, task in found.items():
-        each = _limit(load.limit, len(leaves(task)))
+        each = load.limit_of(name, len(leaves(task)))
         counts[name] = sum(min(len(t.eval_docs), each or 1 << 60) for t in leaves(task))
     return counts
-
-
-def _limit(limit: int | None, parts: int) -> int | None:
-    """Documents of each part, so that a task has about `limit` of them, and at least one of each."""
-    return None if limit is None else max(1, round(limit / parts))
 
 
 def scores(lm: Any, load: Load, kept: Any = None) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def scores(lm: Any, load: Load, kept: Any = None) -> dict[str, Any]:
         settings, parts = TASKS[name], len(leaves(task))
         before = kept() if kept else None
         output = simple_evaluate(
-            model=lm, tasks=[task], num_fewshot=settings.shots, limit=_limit(load.limit, parts), bootstrap_iters=0,
+            model=lm, tasks=[task], num_fewshot=settings.shots, limit=load.limit_of(name, parts), bootstrap_iters=0,
             task_manager=manager,
         )  # fmt: skip
         numbers, documents = [], []
