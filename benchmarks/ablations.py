@@ -4,7 +4,7 @@ compared on held-out answers with the dense model and with static drops at the s
 Groups (--groups), each a few training runs:
 
   main     attn_sequence and attn_token at targets 0.75 and 0.5, every seed
-  layers   the same at 0.5, routed where --redundant-layers says
+  layers   where --redundant-layers says, at 0.5; and all layers but the first, with as many skipped as in `main` at 0.5
   depth    attn_sequence at 0.5 with fewer and with more routed layers
   samples  attn_sequence at 0.5 with a quarter and with twice the samples
   data     attn_sequence at 0.5, trained on each source alone
@@ -70,13 +70,20 @@ def plan(args: argparse.Namespace, num_layers: int) -> dict[str, list[Run]]:
     deep = tuple(default_layers(num_layers))
     usual = Run(layers=deep, samples=args.samples, seed=args.seeds[0], sources=tuple(args.data))
     both = ("attn_sequence", "attn_token")
+    everywhere = replace(
+        usual, layers=tuple(range(1, num_layers)), target=round(1 - usual.target * len(deep) / (num_layers - 1), 2)
+    )
     return {
         "main": [
             replace(usual, granularity=g, target=t, seed=s)
             for s, t, g in itertools.product(args.seeds, (0.5, 0.75), both)
         ],
         "oracle": [],
-        "layers": [replace(usual, granularity=g, layers=tuple(args.redundant_layers)) for g in both],
+        "layers": [
+            replace(run, granularity=g)
+            for run in (replace(usual, layers=tuple(args.redundant_layers)), everywhere)
+            for g in both
+        ],
         "depth": [
             replace(usual, layers=tuple(range(num_layers - 1 - n, num_layers - 1)))
             for n in sorted({max(len(deep) // 3, 1), len(deep), num_layers - 3})

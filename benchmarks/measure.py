@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from transformers import AutoTokenizer
 
 from training.data import read_sources, split_tail, tokenize
 from training.model import load_reference, reference_decisions, routing_of
-from vllm_mod.checkpoint import read_mod_config
+from vllm_mod.checkpoint import read_json, read_mod_config
 from vllm_mod.config import ConfigError, ModConfig
 
 from .heldout import answer_losses, perplexity, perplexity_ratio
@@ -47,12 +49,17 @@ class Bench:
         if len(self.samples) < 2 or not self.calibration:
             raise ConfigError(f"--data: {len(self.samples)} usable held-out samples; give more data, or --fraction")
         self.switches: dict[str, Switches] = {}
-        self.orders: dict[tuple[str, tuple[int, ...]], dict[str, list[int]]] = {}
-        self._static: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self.orders: dict[tuple[str, tuple[int, ...], int], dict[str, list[int]]] = {}
         model = self._switches("attn")
         self.layers = model.layers
         model.drop([])
         self.dense, self.counts = answer_losses(model.model, tqdm(self.samples, desc="dense"))
+        # Which samples on which model: their dense losses tell.
+        digest = hashlib.sha256(self.dense.numpy().tobytes()).hexdigest()[:16]
+        self._static_file = self.work / f"static-{digest}.json"
+        self._static: dict[str, list[float]] = {}
+        if self._static_file.is_file():
+            self._static = read_json(self._static_file)
 
     def summary(self) -> dict[str, Any]:
         value, error = perplexity(self.dense, self.counts)
@@ -105,25 +112,27 @@ class Bench:
         return self.switches[target]
 
     def _static_losses(self, target: str, layers: tuple[int, ...]) -> Tensor:
-        key = target, tuple(sorted(layers))
         if not layers:
             return self.dense
+        key = f"{target} {' '.join(map(str, sorted(layers)))}"
         if key not in self._static:
-            shown = tqdm(self.samples, desc=f"static: {target} {key[1]}")
-            self._static[key] = self._switches(target).losses(layers, shown)
-        return self._static[key]
+            shown = tqdm(self.samples, desc=f"static: {key}")
+            self._static[key] = self._switches(target).losses(layers, shown).tolist()
+            self._static_file.parent.mkdir(parents=True, exist_ok=True)
+            self._static_file.write_text(json.dumps(self._static))
+        return torch.tensor(self._static[key], dtype=torch.float64)
 
     def _compare_static(self, config: ModConfig, dropped: float, routed: Tensor) -> dict[str, Any]:
         """Each way to choose `dropped` layers (a fraction: see `losses_at`) -> layers and ratios."""
-        target = config.target
-        key = target, config.layers
+        target, wanted = config.target, (1 - (config.target_capacity or 0.5)) * len(config.layers)
+        depth = min(math.ceil(wanted) + 1, len(config.layers))  # one more, should more be skipped than was asked for
+        key = target, config.layers, depth
         if key not in self.orders:
-            depth = min(len(config.layers) // 2 + 1, len(config.layers))
             self.orders[key] = orders(self._switches(target), self.calibration, config.layers, depth)
         found = {}
         for name, order in self.orders[key].items():
             if dropped > len(order):
-                continue  # more than half of the routed layers: nobody drops that many for good
+                continue
             static = losses_at(order, dropped, lambda layers: self._static_losses(target, layers))
             found[name] = {
                 "order": order,

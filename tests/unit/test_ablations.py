@@ -103,7 +103,7 @@ def test_plan(tiny_llama_path: Path, tmp_path: Path) -> None:
     assert set(groups) == set(ablations.GROUPS)
     main = {(r.granularity, r.target, r.seed) for r in groups["main"]}
     assert main == {(g, t, s) for g in ("attn_sequence", "attn_token") for t in (0.75, 0.5) for s in (3, 4)}
-    assert {r.layers for r in groups["layers"]} == {(1, 3, 4)}
+    assert {(r.layers, r.target) for r in groups["layers"]} == {((1, 3, 4), 0.5), (tuple(range(1, 12)), 0.73)}
     assert len({run.name for runs in groups.values() for run in runs}) == len({r for g in groups.values() for r in g})
     done = {groups["main"][0].name: {}}
     assert next(r.name for r in ablations.runs_to_do(args, groups, done)) == groups["main"][1].name
