@@ -111,6 +111,8 @@ def train(run: Run, args: argparse.Namespace) -> Path:
         except KeyboardInterrupt:
             process.wait()  # it got the signal too, and saves its state
             raise
+    if code == 130:  # interrupted by itself, its state saved
+        raise KeyboardInterrupt
     if code:
         raise ConfigError(f"{run.name}: training failed; see {args.work / run.name}.log")
     return checkpoint

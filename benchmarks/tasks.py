@@ -51,10 +51,18 @@ class Load:
     include_path: str | None
     generated: int | None = None  #: instead of `limit`, for tasks whose answers are generated
 
-    def limit_of(self, name: str, parts: int) -> int | None:
-        """Documents of each of a task's parts: about `limit` of them in all, and at least one of each."""
+    def parts(self, name: str, task: Any) -> tuple[list[Any], int | None]:
+        """What of a task is scored: its parts, and the number of documents of each (None: all), about `limit` in all.
+
+        With fewer documents than parts, one of each of some parts, spread evenly.
+        """
         limit = self.generated if self.generated and TASKS[name].metric == "exact_match" else self.limit
-        return None if limit is None else max(1, round(limit / parts))
+        found = leaves(task)
+        if limit is None:
+            return found, None
+        if limit < len(found):
+            return [found[i * len(found) // limit] for i in range(limit)], 1
+        return found, round(limit / len(found))
 
 
 def load_tasks(load: Load) -> tuple[Any, dict[str, Any]]:
@@ -102,8 +110,8 @@ def check_tasks(load: Load) -> dict[str, int]:
     _, found = load_tasks(load)
     counts = {}
     for name, task in found.items():
-        each = load.limit_of(name, len(leaves(task)))
-        counts[name] = sum(min(len(t.eval_docs), each or 1 << 60) for t in leaves(task))
+        parts, each = load.parts(name, task)
+        counts[name] = sum(min(len(part.eval_docs), each or 1 << 60) for part in parts)
     return counts
 
 
@@ -118,12 +126,11 @@ def scores(lm: Any, load: Load, kept: Any = None) -> dict[str, Any]:
     manager, found = load_tasks(load)
     results: dict[str, Any] = {}
     for name, task in tqdm(found.items(), desc="tasks"):
-        settings, parts = TASKS[name], len(leaves(task))
+        settings, (parts, each) = TASKS[name], load.parts(name, task)
         before = kept() if kept else None
         output = simple_evaluate(
-            model=lm, tasks=[task], num_fewshot=settings.shots, limit=load.limit_of(name, parts), bootstrap_iters=0,
-            task_manager=manager,
-        )  # fmt: skip
+            model=lm, tasks=parts, num_fewshot=settings.shots, limit=each, bootstrap_iters=0, task_manager=manager
+        )
         numbers, documents = [], []
         for leaf in sorted(output["samples"]):
             for document in output["samples"][leaf]:

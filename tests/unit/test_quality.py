@@ -91,6 +91,18 @@ def test_shots_come_from_the_scored_split_where_training_documents_are_few(
     assert len(shots) == 10 and document not in shots
 
 
+@pytest.mark.parametrize(
+    ("limit", "parts", "each"), [(None, 57, None), (570, 57, 10), (60, 57, 1), (8, 57, 1), (3, 1, 3)]
+)
+def test_a_limit_is_spread_over_the_parts_of_a_task(limit: int | None, parts: int, each: int | None) -> None:
+    class Group:
+        def get_all_tasks(self) -> list[int]:
+            return list(range(parts))
+
+    found, number = Load(["mmlu"], limit, None, None).parts("mmlu", Group())
+    assert number == each and found == sorted(set(found)) and len(found) == min(parts, limit or parts)
+
+
 def test_missing_data_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"task piqa: .*--data-dir.* --tasks") as error:
