@@ -109,6 +109,7 @@ def test_plan(tiny_llama_path: Path, tmp_path: Path) -> None:
     assert next(r.name for r in ablations.runs_to_do(args, groups, done)) == groups["main"][1].name
 
 
+@pytest.mark.slow
 def test_one_run_and_what_is_left_to_do(
     tiny_llama_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
