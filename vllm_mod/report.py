@@ -67,13 +67,18 @@ def read_record(directory: Path) -> Record:
         return read_json(directory / name) if (directory / name).is_file() else {}
 
     return Record(
-        name=directory.resolve().name,
+        name=_short(directory.resolve().name),
         config=config,
         num_layers=max(num_layers, config.layers[-1] + 1),
         log=stored("trainer_log.json"),
         calibration=stored("calibration.json"),
         evaluation=stored("evaluation.json"),
     )
+
+
+def _short(name: str, longest: int = 40) -> str:
+    """Fits a legend; the end tells checkpoints of one family apart."""
+    return name if len(name) <= longest else f"{name[: longest // 2]}…{name[-longest // 2 + 1 :]}"
 
 
 def draw_all(directories: Iterable[Path], output: Path) -> dict[str, str]:
