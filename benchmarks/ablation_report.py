@@ -10,7 +10,7 @@ from .common import markdown_table, progress
 
 TITLES = {
     "main": "Routers on the deep layers",
-    "layers": "Routers on the redundant layers",
+    "layers": "Routers elsewhere: redundant layers, all layers",
     "depth": "Number of routed layers",
     "samples": "Number of training samples",
     "data": "Training set",
@@ -44,7 +44,7 @@ def text(record: dict[str, Any], stem: str) -> str:
     ]
     for group, title in TITLES.items():
         found = [run for run in runs if group in run["groups"]]
-        if found:
+        if len(found) > 1:  # the usual run alone compares nothing
             parts += [f"## {title}", markdown_table(*_table(found))]
     parts += ["## What decides", markdown_table(*_decisions(runs))]
     if "oracle" in record:
@@ -112,7 +112,7 @@ def _pm(pair: list[float] | None) -> str:
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    """Perplexity relative to dense against kept ratio, routed and static, deep and redundant layers."""
+    """Perplexity relative to dense against the number of skipped attentions, routed and static."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -123,7 +123,8 @@ def plot(record: dict[str, Any], path: Path) -> None:
               if any(g in r["groups"] for r in runs)]  # fmt: skip
     if not panels:
         return
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.4 * len(panels), 4.2), layout="constrained", sharey=True,
+    size = (5.4 * len(panels), 4.2)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=size, layout="constrained", sharex=True, sharey=True,
                                    squeeze=False)  # fmt: skip
     for axis, (group, title) in zip(axes[0], panels, strict=True):
         found = [r for r in runs if group in r["groups"]]
@@ -139,10 +140,10 @@ def plot(record: dict[str, Any], path: Path) -> None:
         ]
         for label, marker, color, points in series:
             if points:
-                x, y = [r["kept"] for r, _ in points], [p[0] for _, p in points]
+                x, y = [(1 - r["kept"]) * len(r["layers"]) for r, _ in points], [p[0] for _, p in points]
                 axis.errorbar(x, y, [p[1] for _, p in points], fmt=marker, color=color, label=label, capsize=2)
         axis.axhline(1.0, color=GREY, linestyle=":")
-        axis.set(xlabel="kept ratio of the routed layers", title=title)
+        axis.set(xlabel="attentions skipped per request, on average", title=title)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("perplexity / dense (held-out answers)")
     handles, labels = axes[0][0].get_legend_handles_labels()
