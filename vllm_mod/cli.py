@@ -1,4 +1,4 @@
-"""`vllm-mod`: look at dynamic-depth checkpoints. Neither imports vLLM nor starts an engine."""
+"""`vllm-mod`: look at dynamic-depth checkpoints. Nothing here imports vLLM or starts an engine."""
 
 from __future__ import annotations
 
@@ -32,6 +32,30 @@ def inspect(args: argparse.Namespace) -> None:
     """Print the routing of a checkpoint."""
     report = describe(Path(args.checkpoint))
     print(json.dumps(report, indent=2) if args.json else _table(report))
+
+
+_REPORT = """\
+Draw pictures of checkpoints from the statistics stored in them; no engine, no model is loaded.
+
+  kept_per_layer.png        kept ratio of each routed layer (trainer_log.json, calibration.json)
+  experts.png               per expert: how often it is selected, and what its gate keeps (expert_token)
+  routed_layers.png         quality against the number of routed layers   } several checkpoints that
+  training_samples.png      quality against the number of training samples} differ in that alone
+  quality_against_kept.png  quality against kept ratio, routed and static drop (evaluation.json of
+                            `python -m benchmarks.quality`, else the perplexity that training measured)
+
+What cannot be drawn is said with its reason.
+"""
+
+
+def report(args: argparse.Namespace) -> None:
+    """Draw what the checkpoints' statistics allow."""
+    from .report import draw_all
+
+    output = Path(args.output)
+    outcome = draw_all([Path(checkpoint) for checkpoint in args.checkpoints], output)
+    for name, reason in outcome.items():
+        print(f"not drawn: {name}: {reason}" if reason else f"written: {output / name}")
 
 
 def describe(directory: Path) -> dict[str, Any]:
@@ -137,6 +161,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory")
     command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     command.set_defaults(run=inspect)
+    command = commands.add_parser(
+        "report",
+        help="draw pictures from the statistics in checkpoints",
+        description=_REPORT,
+        epilog="example: vllm-mod report ckpt/llama3-8b-mod-0.75 ckpt/llama3-8b-mod-0.5 --output pictures",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("checkpoints", metavar="CKPT", nargs="+", help="checkpoint directories")
+    command.add_argument("--output", metavar="DIR", default="report", help="where to (default: %(default)s)")
+    command.set_defaults(run=report)
     return parser
 
 

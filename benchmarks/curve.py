@@ -1,0 +1,117 @@
+"""Perplexity of held-out answers against the kept ratio: a checkpoint at several thresholds, and static drops."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from vllm_mod.checkpoint import read_json
+from vllm_mod.config import ConfigError, ModConfig
+
+from .heldout import answer_losses, dense_config, held_out, load_system, perplexity, perplexity_ratio
+
+CALIBRATION_SAMPLES = 64
+
+
+class Perplexities:
+    """By the float32 reference, decisions from the prompt alone; every system on the same samples."""
+
+    def __init__(self, args: argparse.Namespace, config: ModConfig) -> None:
+        self.base, self.checkpoint, self.config = args.model, args.checkpoint, config
+        self.samples = held_out(args)
+        if len(self.samples) < 2:
+            raise ConfigError(f"--data: {len(self.samples)} usable held-out samples; give more data, or --fraction")
+        self._args = args
+
+    def order(self) -> list[int]:
+        """Layers as LLM-Drop's criterion drops them, the most dispensable first; by training samples."""
+        import torch
+        from transformers import AutoTokenizer
+
+        from training.data import read_sources, split_tail, tokenize
+        from training.drop import sublayer_similarity
+        from training.model import load_base
+
+        rows = split_tail(read_sources(self._args.data), self._args.fraction)[0]
+        tokenizer = AutoTokenizer.from_pretrained(self.base)
+        calibration, _ = tokenize(rows, tokenizer, self._args.max_length, CALIBRATION_SAMPLES)
+        model = load_base(self.base, torch.float32).eval()
+        similarity = sublayer_similarity(model, calibration["input_ids"], self.config.target)
+        return sorted(range(len(similarity)), key=lambda i: -similarity[i])
+
+    def measure(
+        self, done: Callable[[str, Callable[[], Any]], Any], dropped: Sequence[int], thresholds: Sequence[Any] | None
+    ) -> dict[str, Any]:
+        """`perplexity` of base, checkpoint and static drop, and the `curve`'s further points. done: see `Finished`."""
+
+        def losses(name: str, model: Path, config: ModConfig | None) -> dict[str, Any]:
+            return done(f"perplexity: {name}", lambda: self._losses(name, model, config))
+
+        base = losses("base", self.base, dense_config(self.base))
+        systems = {"base": base, "checkpoint": losses("checkpoint", self.checkpoint, None)}
+        if dropped:
+            systems["static"] = losses(f"static {list(dropped)}", self.base, self._static(dropped))
+        curve = [{"system": "routed", "threshold": None} | _relative(systems["checkpoint"], base)]
+        if thresholds is None:
+            thresholds = operating_points(self.checkpoint)
+        for threshold in thresholds:
+            config = ModConfig.parse(self.config.model_dump() | {"threshold": threshold}, "--thresholds")
+            found = losses(f"threshold {threshold}", self.checkpoint, config)
+            curve.append({"system": "routed", "threshold": threshold} | _relative(found, base))
+        if self.config.target != "expert":
+            order = self.order()
+            for number in range(1, len(self.config.layers) + 1):
+                layers = sorted(order[:number])
+                found = losses(f"static {layers}", self.base, self._static(layers))
+                kept = {"kept": 1 - number / len(self.config.layers)}  # of as many sublayers as are routed
+                curve.append({"system": "static", "layers": layers} | _relative(found | kept, base))
+        return {"perplexity": {k: _relative(v, base) for k, v in systems.items()}, "curve": curve}
+
+    def _static(self, layers: Sequence[int]) -> ModConfig:
+        settings = {"version": 1, "granularity": f"{self.config.target}_static", "layers": list(layers)}
+        return ModConfig.parse(settings, "static drop")
+
+    def _losses(self, name: str, path: Path, config: ModConfig | None) -> dict[str, Any]:
+        from training.model import routing_of
+
+        model = load_system(path, config)
+        totals = [0.0, 0.0]
+
+        def watched() -> Iterator[dict[str, Any]]:
+            for sample in tqdm(self.samples, desc=f"perplexity: {name}"):
+                yield sample
+                for kept, routed in routing_of(model).counts().values():
+                    totals[0] += kept
+                    totals[1] += routed
+
+        losses, counts = answer_losses(model, watched())
+        kept = totals[0] / totals[1] if totals[1] else None
+        return {"losses": losses.tolist(), "counts": counts.tolist(), "kept": kept}
+
+
+def operating_points(checkpoint: Path) -> list[Any]:
+    """Thresholds that `router-tuning calibrate` stored."""
+    path = checkpoint / "calibration.json"
+    points = read_json(path).get("operating_points", []) if path.is_file() else []
+    return [point["threshold"] for point in points]
+
+
+def _relative(system: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    losses, others, counts = (
+        torch.tensor(values, dtype=torch.float64) for values in (system["losses"], base["losses"], base["counts"])
+    )
+    value, error = perplexity(losses, counts)
+    ratio, paired = perplexity_ratio(losses, others, counts)
+    return {
+        "kept": None if system["kept"] is None else round(system["kept"], 4),
+        "perplexity": round(value, 3),
+        "standard_error": round(error, 3),
+        "ratio_to_base": round(ratio, 4),
+        "ratio_standard_error": round(paired, 4),
+    }

@@ -1,0 +1,281 @@
+"""What a checkpoint keeps of its base model's quality: lm-eval's scores of the paper's nine tasks in vLLM, perplexity
+of held-out answers, and the kept ratio that the engine had during that very evaluation.
+
+  base        the base model, in stock vLLM
+  checkpoint  the routed checkpoint
+  static      as many sublayers dropped for good as the checkpoint skipped on average (LLM-Drop); they are chosen by its
+              criterion on --data, among all layers
+
+Without a hub, --data-dir is a directory whose sub-directories are named like the tasks' data sets (`aps/super_glue`,
+`allenai/ai2_arc`, ...): lm-eval runs inside it. Shots and metrics are the paper's. To score an answer lm-eval submits
+it with its question, so a sequence decision is a mean over both. Prompts that are longer than the model allows lose
+their first shots (lm-eval cuts on the left); the share of them is reported.
+
+Writes --output (.json, .md and .png), `evaluation.json` and the model card in the checkpoint. Finished systems are kept
+in <output>.partial.json, so that an interrupted evaluation goes on where it was. The last line of stdout is
+
+  {"tasks", "recovery", "kept_ratio", "static_recovery"}
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_mod.checkpoint import BaseShape, read_json, read_mod_config, write_checkpoint
+from vllm_mod.config import ConfigError, ModConfig
+
+from .common import RESULTS, command, isolated, machine, markdown_table, progress, write_json
+from .tasks import TASKS, Load, check_tasks, reference_scores, vllm_scores
+
+ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CKPT", help="what `router-tuning train` wrote")
+    add("--model", type=Path, required=True, help="its base model, a directory")
+    add("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"default: {' '.join(TASKS)}")
+    add("--limit", type=int, help="documents per task, spread over its parts (default: all)")
+    add("--data-dir", type=Path, help="where the tasks' data sets lie as directories (default: the hub)")
+    add("--include-path", type=Path, help="lm-eval's: a directory of task files that replace its own")
+    add("--data", nargs="+", help="instruction data whose last part was held out in training: perplexity, static drop")
+    add("--fraction", type=float, default=0.02, help="held-out part of a file (default: %(default)s)")
+    add("--samples", type=int, default=200, help="held-out samples (default: %(default)s)")
+    add("--max-length", type=int, default=512, help="tokens of a held-out sample (default: %(default)s)")
+    add("--static", type=int, nargs="+", metavar="LAYER", help="drop these layers instead of choosing them on --data")
+    add("--no-static", action="store_true", help="leave the static drop out")
+    add("--thresholds", type=float, nargs="*", help="further points of the plot, by perplexity "
+        "(default: the operating points that `router-tuning calibrate` stored)")  # fmt: skip
+    add("--reference", type=int, default=0, metavar="N", help="score the first N documents of each task by the float32 "
+        "reference too, and compare; an eighth as many where answers are generated: it has no KV cache")  # fmt: skip
+    add("--dtype", default="auto", help="of the engine; float32 to compare with the reference (default: %(default)s)")
+    add("--model-args", type=json.loads, default={}, metavar="JSON", help="more of vLLM's engine arguments, such as "
+        """'{"tensor_parallel_size": 2}'""")  # fmt: skip
+    add("--output", type=Path, default=RESULTS / "quality.json", help="default: %(default)s")
+    return parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace) -> ModConfig:
+    """Everything that can be wrong, before any long work; raises ConfigError."""
+    for path, flag in ((args.checkpoint, "CKPT"), (args.model, "--model"), (args.data_dir, "--data-dir"),
+                       (args.include_path, "--include-path")):  # fmt: skip
+        if path is not None and not path.is_dir():
+            raise ConfigError(f"{flag}: {path} is not a directory")
+    config = read_mod_config(args.checkpoint)
+    if config.is_static:
+        raise ConfigError(f"{args.checkpoint}: a static checkpoint decides nothing; give a routed one")
+    base = read_json(args.model / "config.json")
+    if "mod_config" in base:
+        raise ConfigError(f"--model {args.model}: a routed checkpoint; give its base model")
+    shape = BaseShape.of(base, str(args.model))
+    config.check_fits(shape.num_layers, shape.num_experts, shape.dense_layers)
+    if unknown := [t for t in args.tasks if t not in TASKS]:
+        raise ConfigError(f"--tasks: {unknown[0]!r} is not known; the paper's are {', '.join(TASKS)}")
+    if args.limit is not None and args.limit < 1:
+        raise ConfigError("--limit: at least 1 document")
+    if config.target == "expert" and not args.no_static:
+        raise ConfigError("experts have no static drop to compare with; pass --no-static")
+    if not (args.no_static or args.static or args.data):
+        raise ConfigError("the static drop is chosen on calibration data: pass --data, --static LAYER… or --no-static")
+    try:
+        import lm_eval  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f'{error.name} is not installed; pip install "vllm-mod[eval,bench]"') from None
+    return config
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
+    config = check(args)
+    load = Load(args.tasks, args.limit, *(p and str(p.resolve()) for p in (args.data_dir, args.include_path)))
+    documents = isolated(check_tasks, load, **ENVIRONMENT)
+    progress(f"documents: {documents}")
+    held_out = None
+    if args.data:
+        from .curve import Perplexities
+
+        held_out = Perplexities(args, config)
+    finished = Finished(args.output.with_suffix(".partial.json"), command("quality"))
+
+    model_args = engine_args() | {"dtype": args.dtype} | args.model_args
+
+    def in_vllm(name: str, model: Path, mod: dict[str, Any] | None = None) -> dict[str, Any]:
+        progress(f"lm-eval in vLLM: {name}")
+        path = str(model.resolve())
+        return finished.get(name, lambda: isolated(vllm_scores, path, mod, load, model_args, **ENVIRONMENT))
+
+    systems = {"base": in_vllm("base", args.model), "checkpoint": in_vllm("checkpoint", args.checkpoint, {})}
+    kept = kept_ratio(systems["checkpoint"])
+    dropped = [] if args.no_static else static_layers(args, config, kept, held_out)
+    if dropped:
+        progress(f"static drop: layers {dropped}")
+        with tempfile.TemporaryDirectory(dir=args.checkpoint.resolve().parent) as directory:
+            static = ModConfig.parse(
+                {"version": 1, "granularity": f"{config.target}_static", "layers": dropped}, "static drop"
+            )
+            checkpoint = write_checkpoint(args.model, Path(directory) / "static", static, {})
+            systems["static"] = in_vllm("static", checkpoint)
+    record = {
+        "command": command("quality"), "machine": machine(), "mod_config": config.to_dict(),
+        "limit": args.limit, "kept_ratio": kept, "static_layers": dropped,
+    } | summary(systems)  # fmt: skip
+    if args.reference:
+        record["reference"] = compare_with_reference(args, load, systems["checkpoint"], finished)
+    if held_out:
+        record |= held_out.measure(finished.get, dropped, args.thresholds)
+    write(record, args)
+    finished.remove()
+    print(json.dumps({key: record[key] for key in ("tasks", "recovery", "kept_ratio", "static_recovery")}))
+
+
+class Finished:
+    """What is done, on disk, until the whole evaluation is; belongs to one command line."""
+
+    def __init__(self, path: Path, owner: str) -> None:
+        self.path = path
+        self.done: dict[str, Any] = {"command": owner}
+        if path.is_file() and (stored := read_json(path)).get("command") == owner:
+            progress(f"going on from {path}")
+            self.done = stored
+
+    def get(self, name: str, work: Callable[[], Any]) -> Any:
+        if name not in self.done:
+            self.done[name] = work()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.done))
+        return self.done[name]
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def engine_args() -> dict[str, Any]:
+    """On a CPU vLLM would reserve half of the memory, and compile for minutes."""
+    import torch
+
+    if torch.cuda.is_available():
+        return {}
+    return {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30, "block_size": 32}
+
+
+def kept_ratio(result: dict[str, Any]) -> float | None:
+    tasks = result["tasks"].values()
+    routed = sum(t["routed"] for t in tasks)
+    return round(sum(t["kept"] for t in tasks) / routed, 4) if routed else None
+
+
+def static_layers(args: argparse.Namespace, config: ModConfig, kept: float | None, held_out: Any) -> list[int]:
+    if args.static:
+        return sorted(args.static)
+    number = round((1 - (1.0 if kept is None else kept)) * len(config.layers))
+    if not number:
+        progress("the checkpoint skipped less than half a layer on average: no static drop is as small")
+        return []
+    return sorted(held_out.order()[:number])
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and its standard error; no error of a single value."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, None
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+
+
+def summary(systems: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Per task mean, standard error and the paired difference to the base; recovery: mean over tasks of the quotient.
+
+    A task in which the base scores 0 has no quotient and is left out of the recovery.
+    """
+    tasks: dict[str, dict[str, Any]] = {}
+    for name, base in systems["base"]["tasks"].items():
+        row: dict[str, Any] = {"metric": TASKS[name].metric, "shots": TASKS[name].shots, "samples": len(base["values"])}
+        for system, result in systems.items():
+            values = result["tasks"][name]["values"]
+            row[system], row[f"{system}_stderr"] = map(_rounded, mean_and_error(values))
+            if system != "base":
+                differences = [v - b for v, b in zip(values, base["values"], strict=True)]
+                row[f"{system}_difference"], row[f"{system}_difference_stderr"] = map(
+                    _rounded, mean_and_error(differences)
+                )
+        row["truncated"] = base["truncated"]
+        routed = systems["checkpoint"]["tasks"][name]["routed"]
+        row["kept_ratio"] = _rounded(systems["checkpoint"]["tasks"][name]["kept"] / routed if routed else None)
+        tasks[name] = row
+    return {
+        "tasks": tasks,
+        "recovery": recovery(tasks, "checkpoint"),
+        "static_recovery": recovery(tasks, "static"),
+        "left_out_of_recovery": [name for name, row in tasks.items() if not row["base"]],
+    }
+
+
+def recovery(tasks: dict[str, dict[str, Any]], system: str) -> float | None:
+    quotients = [row[system] / row["base"] for row in tasks.values() if system in row and row["base"]]
+    return _rounded(sum(quotients) / len(quotients)) if quotients else None
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def compare_with_reference(
+    args: argparse.Namespace, load: Load, engine: dict[str, Any], finished: Finished
+) -> dict[str, Any]:
+    """The first documents of each task by the reference: both means, and the largest difference of a likelihood."""
+    progress("lm-eval on the float32 reference: checkpoint")
+    number = min(args.reference, args.limit or args.reference)
+    few = Load(load.tasks, number, load.data_dir, load.include_path, generated=max(1, number // 8))
+    path, longest = str(args.checkpoint.resolve()), engine["max_length"]
+    found = finished.get("reference", lambda: isolated(reference_scores, path, few, longest, **ENVIRONMENT))["tasks"]
+    return {name: _compared(found[name], engine["tasks"][name]) for name in found}
+
+
+def _compared(reference: dict[str, Any], engine: dict[str, Any]) -> dict[str, Any]:
+    places = {tuple(document): i for i, document in enumerate(engine["documents"])}
+    same = [places[tuple(document)] for document in reference["documents"]]
+    pairs = zip(reference["likelihoods"], (engine["likelihoods"][i] for i in same), strict=True)
+    differences = [abs(a - b) for x, y in pairs for a, b in zip(x, y, strict=True)]
+    return {
+        "samples": len(same),
+        "reference": _rounded(mean_and_error(reference["values"])[0]),
+        "vllm": _rounded(mean_and_error([engine["values"][i] for i in same])[0]),
+        "largest_likelihood_difference": max(differences, default=None),
+    }
+
+
+def write(record: dict[str, Any], args: argparse.Namespace) -> None:
+    from training import card
+
+    from .quality_report import plot, table, text
+
+    progress(markdown_table(*table(record)))
+    write_json(args.output, record)
+    args.output.with_suffix(".md").write_text(text(record, args.output.stem), encoding="utf-8")
+    if record.get("curve"):
+        plot(record, args.output.with_suffix(".png"))
+    evaluation = {k: record[k] for k in ("command", "machine", "tasks", "recovery", "static_recovery", "kept_ratio")}
+    evaluation["perplexity"] = {k: v["perplexity"] for k, v in record.get("perplexity", {}).items()}
+    evaluation["curve"] = record.get("curve", [])
+    (args.checkpoint / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n", encoding="utf-8")
+    card.write(args.checkpoint)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ConfigError as error:
+        sys.exit(f"benchmarks.quality: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("benchmarks.quality: interrupted; the same command goes on from what is done")
