@@ -33,6 +33,7 @@ CASES = [
 
 
 @pytest.mark.v2
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("files", "selected"), CASES)
 def test_parity_at_model_runner_v2(files: tuple[str, ...], selected: str) -> None:
     here = Path(__file__).parent
@@ -53,6 +54,6 @@ def test_parity_at_model_runner_v2(files: tuple[str, ...], selected: str) -> Non
         cwd=here.parent.parent,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1700,
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
