@@ -17,9 +17,7 @@ class TailAverage:
 
     A batch of 16 samples knows its kept ratio to within 0.06 or so, every step answers to that noise, and the last
     routers inherit what is left of it. The controller holds the *mean* kept ratio of many steps at the target, so it
-    is a mean of their routers that keeps the target. Measured on score distributions of a 12-layer Llama, 120 steps of
-    16 samples, 48 runs: root mean square distance to the target 0.0087 at the last step, 0.0057 averaged; with three
-    routed layers 0.018 and 0.008.
+    is a mean of their routers that keeps the target.
 
     The mean is taken of each process's own part of a weight, so sharded parameters are never gathered.
     """

@@ -37,12 +37,9 @@ class CapacityLoss:
     rate (lr / 3 and 3 lr end at the same kept ratios). Without stiffness the price integrates the error, the routers
     integrate the price, and kept ratios swing (early runs: between nearly all and nothing). Stiffness answers at
     once; 15 is about where the answer to e = 0.1 outweighs a typical sublayer. Gain closes what is left: the error
-    decays by exp(-gain / stiffness / 2) over a run with a cosine schedule, exp(-3) with these, and the mean error of
-    many runs is below 0.004 at any target. More gain swings where a run is short (150: 0.1 off after 60 steps), more
-    stiffness answers to the noise of single batches. That noise is what is left, and `average` halves it; it falls
-    with the samples that the run sees. Root mean square distance of the averaged routers from the target, on score
-    distributions of that Llama, targets 0.25 / 0.5 / 0.75, 16 seeds, batches of 16: 60 steps 0.018, 120 steps 0.006,
-    360 steps 0.002.
+    decays by exp(-gain / stiffness / 2) over a run with a cosine schedule, exp(-3) with these. More gain swings where
+    a run is short, more stiffness answers to the noise of single batches. That noise is what is left, and `average`
+    lowers it; it falls with the samples that the run sees.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 No row is taken out: linears see the whole batch (a decode step is bound by reading their weights, not by its rows).
 In a layer that a row skips its sequence length is 0 and its slot -1, so attention reads nothing and stores nothing,
-and its output is replaced by zero. What captured kernels read lies in `DecodeBuffers`, at one address. `prepare`
+and its output is replaced by zero. What captured kernels read lies in `DecodeBuffers`, at one address. A `DecodeStep`
 fills it before each step, outside the graph: a request's decisions are known by then. Decided inside the graph are
 one-token prompts (a decode step to vLLM) and, at token level, every row.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -69,7 +70,8 @@ class Routing:
         """Called by each metadata builder, once the size of the KV cache is known."""
         if self.state is not None:
             self.state.running.allocate(vllm_config.cache_config.num_gpu_blocks, device)
-        self._decode = DecodeBuffers(self, vllm_config, block_size, device)
+        self._decode = None
+        self._make_buffers = functools.partial(DecodeBuffers, self, vllm_config, block_size, device)
 
     def prepare(self, batch: Batch, cm: CommonAttentionMetadata) -> None:
         """Before each step, outside of any graph: `forward` does not run where one is replayed."""
@@ -77,7 +79,8 @@ class Routing:
         if channel is not None:
             channel.attach(self)
         if self.static_decode and cm.max_query_len == 1:
-            assert self._decode is not None
+            if self._decode is None:  # only where they are used: tables reach as far as the longest context
+                self._decode = self._make_buffers()
             batch.decode = self._step = DecodeStep(self._decode, batch, cm)
 
     @contextmanager
