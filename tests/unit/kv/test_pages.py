@@ -1,5 +1,7 @@
 """PageManager on vLLM's real block pool, against a model of who owns which page."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import settings
@@ -158,6 +160,32 @@ def test_rows_are_interleaved() -> None:
     assert [page.is_null for page in row] == [False, True, False] * 2
     assert len(allocate(manager, "a", 3 * BLOCK)) == 3
     assert [page.is_null for page in row] == [False, True, False] * 3
+
+
+def pages_of_layer(manager: PageManager, request: str, layer: int, layers: int) -> list[int]:
+    return [page.block_id for page in manager.req_to_blocks[request][layer::layers]]
+
+
+def side_by_side(pages: list[int]) -> bool:
+    return all(abs(b - a) == 1 for a, b in itertools.pairwise(pages))
+
+
+def test_pages_of_a_layer_lie_side_by_side() -> None:
+    """In a fresh pool, and in one whose pages came back from a request that ended."""
+    manager = page_manager(layers=3, pages=15)
+    for _ in range(3):
+        allocate(manager, "a", 5 * BLOCK)
+        assert all(side_by_side(pages_of_layer(manager, "a", layer, 3)) for layer in range(3))
+        manager.free("a")
+
+
+def test_pages_of_skipped_layers_come_back_side_by_side() -> None:
+    manager = page_manager(layers=3, pages=15)
+    allocate(manager, "a", 5 * BLOCK)
+    manager.skip_layers("a", [2])
+    manager.skip_layers("b", [0, 2])
+    allocate(manager, "b", 4 * BLOCK)
+    assert side_by_side(pages_of_layer(manager, "b", 1, 3))
 
 
 def test_a_page_given_back_is_used_again() -> None:
