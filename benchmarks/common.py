@@ -95,6 +95,16 @@ def _stdout_to_stderr() -> None:
     os.dup2(2, 1)
 
 
+def routed_pairs(llm: Any) -> dict[str, dict[int, float]]:
+    """{"kept", "routed": {layer: pairs since the start}} of an `LLM` with `disable_log_stats=False`."""
+    counts: dict[str, dict[int, float]] = {"kept": {}, "routed": {}}
+    for metric in llm.get_metrics():
+        for name, found in counts.items():
+            if metric.name == f"vllm:mod_{name}":
+                found[int(metric.labels["layer"])] = metric.value
+    return counts
+
+
 def machine() -> dict[str, Any]:
     """CPU, cores, memory, GPU, package versions: what a number depends on. No names of hosts or people."""
     record: dict[str, Any] = {

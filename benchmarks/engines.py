@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .common import routed_pairs
+
 _state: dict[str, Any] = {}  # of an engine's own process
 
 
@@ -149,8 +151,7 @@ def _step() -> tuple[str, int, float] | None:
 
 
 def _counts() -> tuple[float, float]:
-    metrics = _state["llm"].get_metrics()
-    kept, routed = (sum(m.value for m in metrics if m.name == f"vllm:mod_{n}") for n in ("kept", "routed"))
+    kept, routed = (sum(pairs.values()) for pairs in routed_pairs(_state["llm"]).values())
     return kept, routed
 
 

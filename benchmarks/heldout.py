@@ -19,7 +19,7 @@ from tqdm import tqdm
 from vllm_mod.checkpoint import read_json, read_mod_config
 from vllm_mod.config import ModConfig
 
-from .common import RESULTS, command, isolated, machine, progress, write_json
+from .common import RESULTS, command, isolated, machine, progress, routed_pairs, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,12 +115,7 @@ def engine_kept(checkpoint: Path, prompts: list[list[int]]) -> dict[str, Any]:
     )  # fmt: skip
     params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
     llm.generate([{"prompt_token_ids": p} for p in prompts], params)
-    counts: dict[str, dict[int, float]] = {"kept": {}, "routed": {}}
-    for metric in llm.get_metrics():
-        for name, found in counts.items():
-            if metric.name == f"vllm:mod_{name}":
-                found[int(metric.labels["layer"])] = metric.value
-    kept, routed = counts["kept"], counts["routed"]
+    kept, routed = routed_pairs(llm).values()
     layers = {str(i): round(kept.get(i, 0) / n, 3) for i, n in sorted(routed.items())}
     return {"total": round(sum(kept.values()) / sum(routed.values()), 4), "layers": layers}
 

@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from vllm_mod.config import ConfigError
 
+from .common import routed_pairs
+
 log = logging.getLogger(__name__)
 
 
@@ -172,8 +174,7 @@ def vllm_scores(model: str, mod: dict[str, Any] | None, load: Load, model_args: 
     lm = VLLM(pretrained=model, batch_size="auto", disable_log_stats=False, **settings)
 
     def kept() -> dict[str, float]:
-        metrics = lm.model.get_metrics()
-        return {k: sum(m.value for m in metrics if m.name == f"vllm:mod_{k}") for k in ("kept", "routed")}
+        return {name: sum(pairs.values()) for name, pairs in routed_pairs(lm.model).items()}
 
     return {"tasks": scores(lm, load, kept), "max_length": lm.max_length}
 
