@@ -20,6 +20,26 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("vllm", "vllm-mod", "torch", "transformers")
 T = TypeVar("T")
 
+SMALL_LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 32768,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "float32",
+}
+
 
 def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
@@ -27,26 +47,7 @@ def progress(text: str) -> None:
 
 def llama_config(directory: Path, **overrides: Any) -> Path:
     """A directory with the `config.json` of a small Llama, for `load_format="dummy"`; no weights, no tokenizer."""
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": 512,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 8192,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "torch_dtype": "float32",
-    }
-    return _write_config(directory, config | overrides)
+    return _write_config(directory, SMALL_LLAMA | overrides)
 
 
 def copied_config(directory: Path, model: Path) -> Path:

@@ -115,7 +115,10 @@ def _start(model: str, mod: dict[str, Any] | None, flags: dict[str, Any]) -> Non
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     from vllm import LLM
 
-    llm = LLM(model, **flags, **({} if mod is None else {"additional_config": {"mod": mod}}))
+    try:
+        llm = LLM(model, **flags, **({} if mod is None else {"additional_config": {"mod": mod}}))
+    except Exception as error:  # not all of vLLM's exceptions can be pickled
+        raise RuntimeError(f"vLLM does not start on {model}: {error}") from None
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     schedule, scheduled = scheduler.schedule, []
 

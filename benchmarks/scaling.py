@@ -20,7 +20,7 @@ from typing import Any
 
 from .common import RESULTS, command, machine, markdown_table, progress, write_json
 from .engines import Engine, Load, run_in_turn
-from .shapes import SHAPES, four_systems, routed_layers
+from .shapes import SHAPES, four_systems, positions, routed_layers
 
 LABELS = {"batch": "requests", "context": "tokens of context", "routed": "routed layers"}
 
@@ -45,16 +45,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     total = SHAPES[args.shape].get("num_hidden_layers", 16)
     if bad := [n for n in args.routed if not 0 < n < total or n % 2]:
         parser.error(f"--routed {bad[0]}: an even number below this shape's {total} layers")
+    if longest(args) > positions(args.shape):
+        parser.error(
+            f"--context: {longest(args)} tokens with --steps, {args.shape} has {positions(args.shape)} positions"
+        )
     return args
 
 
+def longest(args: argparse.Namespace) -> int:
+    """Tokens of a request at its end."""
+    return max([args.batch_context, *args.context]) + args.steps + 1
+
+
 def engines(args: argparse.Namespace, directory: Path, routed: int) -> dict[str, Engine]:
-    longest = max([args.batch_context, *args.context]) + args.steps + 1
+    length = longest(args)
     requests = max([16, args.context_batch, *args.batch])
     flags = {
-        "load_format": "dummy", "skip_tokenizer_init": True, "enforce_eager": args.eager, "max_model_len": longest,
+        "load_format": "dummy", "skip_tokenizer_init": True, "enforce_eager": args.eager, "max_model_len": length,
         "enable_prefix_caching": False, "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(longest, 2048), "block_size": args.block_size, "max_num_seqs": requests,
+        "max_num_batched_tokens": max(length, 2048), "block_size": args.block_size, "max_num_seqs": requests,
         "disable_log_stats": False, "kv_cache_memory_bytes": args.kv_cache_memory_bytes,
     }  # fmt: skip
     layers = routed_layers(SHAPES[args.shape].get("num_hidden_layers", 16), routed)

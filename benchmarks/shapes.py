@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .common import llama_config, routed_config
+from .common import SMALL_LLAMA, llama_config, routed_config
 
 _LLAMA3 = {"vocab_size": 128256, "max_position_embeddings": 131072, "rope_theta": 500000.0, "torch_dtype": "bfloat16"}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -27,6 +27,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 #: stock: the plain architecture. keep: routed, `force: keep`. mod: routed. static: as many layers dropped for good.
 SYSTEMS = ("stock", "keep", "mod", "static")
+
+
+def positions(shape: str) -> int:
+    """Tokens of the longest context."""
+    return (SMALL_LLAMA | SHAPES[shape])["max_position_embeddings"]
 
 
 def routed_layers(total: int, routed: int) -> list[int]:

@@ -36,7 +36,7 @@ from typing import Any
 
 from .common import RESULTS, command, machine, markdown_table, progress, write_json
 from .engines import Engine, Load, Times, run_in_turn
-from .shapes import SHAPES, SYSTEMS, four_systems, routed_layers
+from .shapes import SHAPES, SYSTEMS, four_systems, positions, routed_layers
 
 RATIOS = {
     "overhead": ("keep", "stock"),
@@ -77,6 +77,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--routed: 1 to {total - 1} of this shape's {total} layers")
     if bool(args.sweep) != bool(args.values):
         parser.error("--sweep and --values belong together")
+    for prompt in args.values if args.sweep == "prompt" else [args.prompt]:
+        if prompt + args.output_len > positions(args.shape):
+            parser.error(f"--prompt {prompt:g} and --output-len: {args.shape} has {positions(args.shape)} positions")
     if "stock" not in args.systems:
         parser.error("--systems: everything is compared with 'stock'")
     for kept in args.values if args.sweep == "kept" else [args.kept]:

@@ -70,12 +70,22 @@ def test_scheduler_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         (throughput, ["--kept", "1.5"]),
         (throughput, ["--routed", "16"]),
         (scaling, ["--routed", "3"]),
+        (scaling, ["--context", "40000"]),
+        (throughput, ["--prompt", "40000"]),
     ],
 )
 def test_wrong_options_are_explained(module: Any, wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         module.parse_args(wrong)
     assert wrong[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shape", shapes.SHAPES)
+def test_defaults_fit_every_shape(shape: str, tmp_path: Path) -> None:
+    args = scaling.parse_args(["--shape", shape, "--routed", "2"])
+    config = json.loads((llama_config(tmp_path, **shapes.SHAPES[shape]) / "config.json").read_text())
+    assert scaling.longest(args) <= config["max_position_embeddings"]
+    throughput.parse_args(["--shape", shape])
 
 
 def test_plot(tmp_path: Path) -> None:
