@@ -31,7 +31,7 @@ from typing import Any
 from vllm_mod.checkpoint import read_json
 from vllm_mod.config import ConfigError, default_layers
 
-from .common import RESULTS, command, machine, progress, write_json
+from .common import RESULTS, command, machine, progress, run_command, write_json
 
 GROUPS = ("main", "oracle", "layers", "depth", "samples", "data", "module")
 
@@ -179,9 +179,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ConfigError as error:
-        sys.exit(f"benchmarks.ablations: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("benchmarks.ablations: interrupted; the same command goes on")
+    run_command(main, "ablations", "interrupted; the same command goes on")

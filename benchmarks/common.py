@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vllm_mod.config import ModConfig, mod_architecture
+from vllm_mod.config import ConfigError, ModConfig, mod_architecture
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("vllm", "vllm-mod", "torch", "transformers")
@@ -43,6 +43,16 @@ SMALL_LLAMA: dict[str, Any] = {
 
 def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def run_command(main: Callable[[], None], name: str, interrupted: str) -> None:
+    """A benchmark as a command: what is wrong, and Ctrl-C, end it with one line."""
+    try:
+        main()
+    except ConfigError as error:
+        sys.exit(f"benchmarks.{name}: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"benchmarks.{name}: {interrupted}")
 
 
 def llama_config(directory: Path, **overrides: Any) -> Path:

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ from typing import Any
 from vllm_mod.checkpoint import BaseShape, read_json, read_mod_config, write_checkpoint
 from vllm_mod.config import ConfigError, ModConfig
 
-from .common import RESULTS, command, isolated, machine, markdown_table, progress, write_json
+from .common import RESULTS, command, isolated, machine, markdown_table, progress, run_command, write_json
 from .tasks import TASKS, Load, check_tasks, reference_scores, vllm_scores
 
 ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
@@ -273,9 +272,4 @@ def write(record: dict[str, Any], args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ConfigError as error:
-        sys.exit(f"benchmarks.quality: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("benchmarks.quality: interrupted; the same command goes on from what is done")
+    run_command(main, "quality", "interrupted; the same command goes on from what is done")

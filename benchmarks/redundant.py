@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from training.data import IGNORED, Collator, read_sources, split_tail, tokenize
 from training.model import decoder_layers, load_base
 from vllm_mod.config import ConfigError, default_layers
 
-from .common import progress
+from .common import progress, run_command
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -99,7 +98,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ConfigError as error:
-        sys.exit(f"benchmarks.redundant: error: {error}")
+    run_command(main, "redundant", "interrupted; nothing is written")
