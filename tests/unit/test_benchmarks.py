@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import engines, kv_capacity, scaling, scheduler_cost, shapes, throughput
+from benchmarks import engines, kv_capacity, page_order, scaling, scheduler_cost, shapes, throughput
 from benchmarks.common import isolated, llama_config, machine, markdown_table, routed_config
 
 
@@ -72,6 +72,7 @@ def test_scheduler_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         (scaling, ["--routed", "3"]),
         (scaling, ["--context", "40000"]),
         (throughput, ["--prompt", "40000"]),
+        (page_order, ["--context", "33"]),
     ],
 )
 def test_wrong_options_are_explained(module: Any, wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,6 +87,19 @@ def test_defaults_fit_every_shape(shape: str, tmp_path: Path) -> None:
     config = json.loads((llama_config(tmp_path, **shapes.SHAPES[shape]) / "config.json").read_text())
     assert scaling.longest(args) <= config["max_position_embeddings"]
     throughput.parse_args(["--shape", shape])
+
+
+def test_page_orders_are_of_the_same_pages() -> None:
+    tables = page_order.tables(layers=3, requests=2, blocks=5)
+    for table in tables.values():
+        assert table.shape == (3, 2, 5) and sorted(table.flatten().tolist()) == list(range(30))
+    assert (tables["neighbours"].diff(dim=-1) == 1).all() and (tables["strided"].diff(dim=-1) == 3).all()
+
+
+def test_page_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["--layers", "2", "--requests", "2", "--context", "64", "--heads", "2", "--repeats", "3"]
+    page_order.main([*few, "--output", str(tmp_path / "order.json")])
+    assert set(last_line(capsys)["to_neighbours"]) == {"neighbours", "strided", "random"}
 
 
 def test_plot(tmp_path: Path) -> None:
