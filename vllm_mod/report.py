@@ -6,7 +6,7 @@ Each picture is one function from records to a figure. A record is what `read_re
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def read_record(directory: Path) -> Record:
         return read_json(directory / name) if (directory / name).is_file() else {}
 
     return Record(
-        name=_short(directory.resolve().name),
+        name=directory.resolve().name,
         config=config,
         num_layers=max(num_layers, config.layers[-1] + 1),
         log=stored("trainer_log.json"),
@@ -76,14 +76,24 @@ def read_record(directory: Path) -> Record:
     )
 
 
-def _short(name: str, longest: int = 40) -> str:
-    """Fits a legend; the end tells checkpoints of one family apart."""
-    return name if len(name) <= longest else f"{name[: longest // 2]}…{name[-longest // 2 + 1 :]}"
+def legend_names(names: Sequence[str], longest: int = 40) -> list[str]:
+    """Names that fit a legend and differ: long ones lose words (`a-b-c`) that all share at an end, and their middle."""
+    if len(set(names)) > 1 and max(map(len, names)) > longest:
+        words = [name.split("-") for name in names]
+        for place in (0, -1):
+            while min(map(len, words)) > 1 and len({found[place] for found in words}) == 1:
+                for found in words:
+                    del found[place]
+        names = ["-".join(found) for found in words]
+    short = [n if len(n) <= longest else f"{n[: longest // 2]}…{n[-longest // 2 + 1 :]}" for n in names]
+    return [n if short.count(n) == 1 else f"{i}: {n}" for i, n in enumerate(short, 1)]
 
 
 def draw_all(directories: Iterable[Path], output: Path) -> dict[str, str]:
     """Draw what can be drawn into `output`; file name -> "" or the reason why it could not be."""
     records = [read_record(directory) for directory in directories]
+    names = legend_names([record.name for record in records])
+    records = [replace(record, name=name) for record, name in zip(records, names, strict=True)]
 
     def attempt(name: str) -> str:
         try:
@@ -135,9 +145,11 @@ def _legend(figure: Any, *axes: Any) -> None:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     if found:
-        room = figure.get_size_inches()[0] * 12  # characters, roughly
+        width, height = figure.get_size_inches()
+        room = width * 12  # characters, roughly
         columns = max(1, min(len(found), int(room / (max(map(len, found)) + 7))))
         figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, fontsize=10)
+        figure.set_size_inches(width, height + 0.2 * (len(found) // columns))  # plots keep their height
 
 
 def kept_per_layer(records: Sequence[Record]) -> Any:

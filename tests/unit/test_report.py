@@ -89,6 +89,29 @@ def test_evaluated_points_are_drawn(make: Any) -> None:
     assert {line.get_ydata()[0] for line in right.lines} >= {0.98, 0.9}
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a", "b"],
+        ["ckpt", "ckpt"],
+        [f"attn_sequence-0.5-layers5.6.7.8.9.10-{n}-alpaca_17k+dolly_3k+code_4k-seed0" for n in (240, 960, 1920)],
+        ["x" * 60, "x" * 61],
+        ["x" * 60 + c + "y" * 60 for c in "ab"],
+        ["same" * 30] * 2,
+    ],
+)
+def test_names_in_a_legend_differ(names: list[str]) -> None:
+    found = report.legend_names(names)
+    assert len(set(found)) == len(names) and all(0 < len(name) <= 45 for name in found)
+    assert max(map(len, names)) > 40 or len(set(names)) < len(names) or found == names
+
+
+@pytest.mark.parametrize("count", ["240", "1920"])
+def test_a_legend_shows_what_differs(count: str) -> None:
+    names = [f"attn_sequence-0.5-layers5.6.7-{n}-alpaca_17k+dolly_3k+code_4k-seed0" for n in (240, 960, 1920)]
+    assert any(count in name for name in report.legend_names(names))
+
+
 def test_without_matplotlib(
     make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
