@@ -100,8 +100,10 @@ class PageManager(FullAttentionManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         blocks = super().pop_blocks_for_free(request_id)
         self.token_slots -= len(blocks) // self._num_layers * self.block_size
-        by_layer = (page for layer in range(self._num_layers) for page in blocks[layer :: self._num_layers])
-        return [page for page in by_layer if not page.is_null]
+        by_layer: list[KVCacheBlock] = []
+        for layer in range(self._num_layers):
+            by_layer += blocks[layer :: self._num_layers]
+        return [page for page in by_layer if page is not self._null_block]
 
     def cache_blocks(self, *args: Any, **kwargs: Any) -> None:
         """Prefix caching is off: a decision needs its whole prompt."""
