@@ -89,6 +89,16 @@ class Engine:
         self._pool.shutdown()
 
 
+def engine_flags(args: Any, longest: int, batched_tokens: int, requests: int) -> dict[str, Any]:
+    """vLLM's for dummy weights: prompts whole, nothing cached; args: `eager`, `block_size`, `kv_cache_memory_bytes`."""
+    return {
+        "load_format": "dummy", "skip_tokenizer_init": True, "enforce_eager": args.eager, "max_model_len": longest,
+        "enable_prefix_caching": False, "enable_chunked_prefill": False, "max_num_batched_tokens": batched_tokens,
+        "block_size": args.block_size, "max_num_seqs": requests, "disable_log_stats": False,
+        "kv_cache_memory_bytes": args.kv_cache_memory_bytes,
+    }  # fmt: skip
+
+
 def run_in_turn(engines: dict[str, Engine], load: Load, first: int = 0) -> dict[str, Times]:
     """The same load on each engine, a step of one after a step of the other; `first` rotates who begins."""
     for engine in engines.values():

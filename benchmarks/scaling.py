@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .common import RESULTS, command, machine, markdown_table, progress, write_json
-from .engines import Engine, Load, run_in_turn
+from .engines import Engine, Load, engine_flags, run_in_turn
 from .shapes import SHAPES, four_systems, positions, routed_layers
 
 LABELS = {"batch": "requests", "context": "tokens of context", "routed": "routed layers"}
@@ -42,7 +42,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eager", action="store_true", help="no compilation")
     parser.add_argument("--output", type=Path, default=RESULTS / "scaling.json", help="default: %(default)s")
     args = parser.parse_args(argv)
-    total = SHAPES[args.shape].get("num_hidden_layers", 16)
+    total = SHAPES[args.shape]["num_hidden_layers"]
     if bad := [n for n in args.routed if not 0 < n < total or n % 2]:
         parser.error(f"--routed {bad[0]}: an even number below this shape's {total} layers")
     if longest(args) > positions(args.shape):
@@ -60,13 +60,8 @@ def longest(args: argparse.Namespace) -> int:
 def engines(args: argparse.Namespace, directory: Path, routed: int) -> dict[str, Engine]:
     length = longest(args)
     requests = max([16, args.context_batch, *args.batch])
-    flags = {
-        "load_format": "dummy", "skip_tokenizer_init": True, "enforce_eager": args.eager, "max_model_len": length,
-        "enable_prefix_caching": False, "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(length, 2048), "block_size": args.block_size, "max_num_seqs": requests,
-        "disable_log_stats": False, "kv_cache_memory_bytes": args.kv_cache_memory_bytes,
-    }  # fmt: skip
-    layers = routed_layers(SHAPES[args.shape].get("num_hidden_layers", 16), routed)
+    flags = engine_flags(args, length, max(length, 2048), requests)
+    layers = routed_layers(SHAPES[args.shape]["num_hidden_layers"], routed)
     systems = four_systems(directory, SHAPES[args.shape], args.granularity, layers, 0.5, mixed=False)
     return {name: Engine(*systems[name], flags) for name in ("stock", "mod")}
 
@@ -111,7 +106,7 @@ def plot(result: dict[str, list[dict[str, Any]]], path: Path, title: str) -> Non
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    half = SHAPES[args.shape].get("num_hidden_layers", 16) // 2
+    half = SHAPES[args.shape]["num_hidden_layers"] // 2
     result: dict[str, list[dict[str, Any]]] = {"batch": [], "context": [], "routed": []}
     tokens = args.steps + 1
     loads = {

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from .common import RESULTS, command, machine, markdown_table, progress, write_json
-from .engines import Engine, Load, Times, run_in_turn
+from .engines import Engine, Load, Times, engine_flags, run_in_turn
 from .shapes import SHAPES, SYSTEMS, four_systems, positions, routed_layers
 
 RATIOS = {
@@ -71,7 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--alone", action="store_true", help="one engine at a time")
     parser.add_argument("--output", type=Path, default=RESULTS / "throughput.json", help="default: %(default)s")
     args = parser.parse_args(argv)
-    total = SHAPES[args.shape].get("num_hidden_layers", 16)
+    total = SHAPES[args.shape]["num_hidden_layers"]
     args.routed = total // 2 if args.routed is None else args.routed
     if not 0 < args.routed < total:
         parser.error(f"--routed: 1 to {total - 1} of this shape's {total} layers")
@@ -97,23 +97,13 @@ def _whole(number: float) -> bool:
     return abs(number - round(number)) < 1e-9
 
 
-def engine_flags(args: argparse.Namespace) -> dict[str, Any]:
-    longest = args.prompt + args.output_len
-    return {
-        "load_format": "dummy", "skip_tokenizer_init": True, "enforce_eager": args.eager, "max_model_len": longest,
-        "enable_prefix_caching": False, "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(2 * longest, args.requests), "block_size": args.block_size,
-        "max_num_seqs": args.requests, "disable_log_stats": False,
-        "kv_cache_memory_bytes": args.kv_cache_memory_bytes,
-    }  # fmt: skip
-
-
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Times of each repeat per system, the kept ratio of `mod`, and how many requests ran at once."""
-    load = Load(args.requests, args.prompt, args.output_len)
+    load, longest = Load(args.requests, args.prompt, args.output_len), args.prompt + args.output_len
+    flags = engine_flags(args, longest, max(2 * longest, args.requests), args.requests)
     found: dict[str, Any] = {"times": {}, "kept_ratio": None, "running": {}}
     with tempfile.TemporaryDirectory() as directory:
-        routed = routed_layers(SHAPES[args.shape].get("num_hidden_layers", 16), args.routed)
+        routed = routed_layers(SHAPES[args.shape]["num_hidden_layers"], args.routed)
         systems = four_systems(
             Path(directory), SHAPES[args.shape], args.granularity, routed, args.kept, args.mixed
         )  # fmt: skip
@@ -122,7 +112,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             engines = {}
             for name in group:
                 progress(f"starting {name}")
-                engines[name] = Engine(*systems[name], engine_flags(args))
+                engines[name] = Engine(*systems[name], flags)
             if args.mixed and "mod" in engines:
                 progress("calibrating mod")
                 engines["mod"].calibrate(load, args.kept)

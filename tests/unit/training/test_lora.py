@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.models import tiny_model
-from tests.unit.training.test_trainer import one_error, routers_of, train
+from tests.unit.training.test_trainer import interrupt_after_step, one_error, routers_of, train
 from training.cli import main
 from training.export import base_shape
 from training.lora import (
@@ -26,7 +25,6 @@ from training.lora import (
     without_adapter,
 )
 from training.model import attach_routers, freeze_base, load_base, load_reference, reference_logits, routing, routing_of
-from training.trainer import RouterTrainer
 from vllm_mod.checkpoint import read_mod_config
 from vllm_mod.config import ConfigError, ModConfig
 
@@ -155,14 +153,7 @@ def test_an_interrupted_run_resumes_to_the_same_adapter(base_dir, data_file, tmp
     more = (*LORA, "--lora-dropout", "0.1", "--lora-output", "adapter")
     for name in ("whole", "again"):
         assert train(base_dir, data_file, tmp_path / name, *more) == 0
-    after_step = RouterTrainer.after_step
-
-    def interrupt(self):
-        after_step(self)
-        if self.state.global_step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(RouterTrainer, "after_step", interrupt)
+    interrupt_after_step(3, monkeypatch)
     assert train(base_dir, data_file, tmp_path / "parts", *more) == 130
     monkeypatch.undo()
     states = list((tmp_path / "parts.run").glob("checkpoint-*"))

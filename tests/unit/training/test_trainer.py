@@ -65,16 +65,21 @@ def test_same_seed_same_routers(base_dir, data_file, tmp_path, granularity):
     assert not all(torch.equal(a[k], c[k]) for k in a)
 
 
-def test_an_interrupted_run_resumes_to_the_same_routers(base_dir, data_file, tmp_path, monkeypatch, capsys):
-    assert train(base_dir, data_file, tmp_path / "whole") == 0
+def interrupt_after_step(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by Ctrl-C."""
     after_step = RouterTrainer.after_step
 
     def interrupt(self):
         after_step(self)
-        if self.state.global_step == 3:
+        if self.state.global_step == number:
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(RouterTrainer, "after_step", interrupt)
+
+
+def test_an_interrupted_run_resumes_to_the_same_routers(base_dir, data_file, tmp_path, monkeypatch, capsys):
+    assert train(base_dir, data_file, tmp_path / "whole") == 0
+    interrupt_after_step(3, monkeypatch)
     assert train(base_dir, data_file, tmp_path / "parts") == 130
     monkeypatch.undo()
     assert "--resume" in capsys.readouterr().err
