@@ -104,7 +104,7 @@ def train(run: Run, args: argparse.Namespace) -> Path:
     resume = ["--resume"] if any(states.glob("checkpoint-*")) else []
     args.work.mkdir(parents=True, exist_ok=True)
     with (args.work / f"{run.name}.log").open("a") as log:
-        words = [sys.executable, "-m", "training.cli", "train", *run.flags(args), *resume]
+        words = [sys.executable, "-m", "router_tuning.cli", "train", *run.flags(args), *resume]
         process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
         try:
             code = process.wait()

@@ -46,7 +46,7 @@ def arguments() -> argparse.Namespace:
 
 def held_out_files(args: argparse.Namespace, directory: Path) -> tuple[Path, Path]:
     """(what is calibrated on, what is measured on)."""
-    from training.data import read_sources, split_tail
+    from router_tuning.data import read_sources, split_tail
 
     rows = split_tail(read_sources(args.data), args.eval_fraction)[1]
     random.Random(0).shuffle(rows)
@@ -59,7 +59,7 @@ def held_out_files(args: argparse.Namespace, directory: Path) -> tuple[Path, Pat
 
 def router_tuning(*words: object) -> None:
     """The installed command, its stdout kept apart from ours."""
-    from training.cli import main
+    from router_tuning.cli import main
 
     with contextlib.redirect_stdout(sys.stderr):
         code = main([str(word) for word in words])
@@ -71,9 +71,9 @@ def kept_ratio(checkpoint: Path, file: Path, max_length: int) -> dict[str, Any]:
     """By the reference, of all samples in `file`."""
     from transformers import AutoTokenizer
 
-    from training.calibrate import collate, measure
-    from training.data import read_sources, tokenize
-    from training.model import load_reference
+    from router_tuning.calibrate import collate, measure
+    from router_tuning.data import read_sources, tokenize
+    from router_tuning.model import load_reference
     from vllm_mod.checkpoint import read_mod_config
 
     config = read_mod_config(checkpoint)
@@ -111,7 +111,7 @@ def in_the_engine(args: argparse.Namespace, checkpoint: Path, file: Path) -> dic
     """vLLM's kept ratio on the prompts that the checkpoint was calibrated on."""
     from transformers import AutoTokenizer
 
-    from training.data import read_sources, tokenize
+    from router_tuning.data import read_sources, tokenize
 
     from .heldout import engine_kept
 

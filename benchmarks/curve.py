@@ -32,9 +32,9 @@ class Perplexities:
         import torch
         from transformers import AutoTokenizer
 
-        from training.data import read_sources, split_tail, tokenize
-        from training.drop import sublayer_similarity
-        from training.model import load_base
+        from router_tuning.data import read_sources, split_tail, tokenize
+        from router_tuning.drop import sublayer_similarity
+        from router_tuning.model import load_base
 
         rows = split_tail(read_sources(self._args.data), self._args.fraction)[0]
         tokenizer = AutoTokenizer.from_pretrained(self.base)
@@ -76,7 +76,7 @@ class Perplexities:
         return ModConfig.parse(settings, "static drop")
 
     def _losses(self, name: str, path: Path, config: ModConfig | None) -> dict[str, Any]:
-        from training.model import routing_of
+        from router_tuning.model import routing_of
 
         model = load_system(path, config)
         totals = [0.0, 0.0]

@@ -41,7 +41,7 @@ def arguments() -> argparse.Namespace:
 def held_out(args: argparse.Namespace) -> list[dict[str, Any]]:
     from transformers import AutoTokenizer
 
-    from training.data import read_sources, split_tail, tokenize
+    from router_tuning.data import read_sources, split_tail, tokenize
 
     rows = split_tail(read_sources(args.data), args.fraction)[1]
     samples, counts = tokenize(rows, AutoTokenizer.from_pretrained(args.model), args.max_length, args.samples)
@@ -56,8 +56,8 @@ def answer_losses(model: Any, samples: Iterable[dict[str, Any]]) -> tuple[Tensor
     """
     import torch
 
-    from training.data import IGNORED
-    from training.model import reference_logits
+    from router_tuning.data import IGNORED
+    from router_tuning.model import reference_logits
 
     losses, counts = [], []
     for sample in samples:
@@ -90,7 +90,7 @@ def load_system(model: Path, config: ModConfig | None) -> Any:
     """The reference of a checkpoint (None: as it is stored), of other thresholds, or of a static drop of a base."""
     import torch
 
-    from training.model import attach_routers, load_base, load_reference
+    from router_tuning.model import attach_routers, load_base, load_reference
 
     if config is None or "mod_config" in read_json(model / "config.json"):
         return load_reference(model, config=config)

@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from training.data import read_sources, split_tail, tokenize
-from training.model import load_reference, reference_decisions, routing_of
+from router_tuning.data import read_sources, split_tail, tokenize
+from router_tuning.model import load_reference, reference_decisions, routing_of
 from vllm_mod.checkpoint import read_json, read_mod_config
 from vllm_mod.config import ConfigError, ModConfig
 

@@ -255,7 +255,7 @@ def _compared(reference: dict[str, Any], engine: dict[str, Any]) -> dict[str, An
 
 
 def write(record: dict[str, Any], args: argparse.Namespace) -> None:
-    from training import card
+    from router_tuning import card
 
     from .quality_report import plot, table, text
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
 
-from training.data import IGNORED, Collator, read_sources, split_tail, tokenize
-from training.model import decoder_layers, load_base
+from router_tuning.data import IGNORED, Collator, read_sources, split_tail, tokenize
+from router_tuning.model import decoder_layers, load_base
 from vllm_mod.config import ConfigError, default_layers
 
 from .common import progress, run_command

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from training.model import load_reference, reference_logits
+from router_tuning.model import load_reference, reference_logits
 
 
 class ReferenceLM(HFLM):

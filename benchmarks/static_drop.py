@@ -1,6 +1,6 @@
 """Which layers a static drop drops, chosen in more than one way: a comparison is worth what its baseline is.
 
-  criterion   LLM-Drop's: the sublayers that turn their input least (training/drop.py)
+  criterion   LLM-Drop's: the sublayers that turn their input least (training/router_tuning/drop.py)
   greedy      one by one, each time the layer without which the answers of calibration data are lost least
 
 Both among all layers, and among those only that a router decides about. An order is a list of layers; the static drop
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from training.drop import sublayer_similarity
-from training.model import attach_routers, load_base, routing_of
+from router_tuning.drop import sublayer_similarity
+from router_tuning.model import attach_routers, load_base, routing_of
 from vllm_mod.config import ModConfig
 
 from .heldout import answer_losses

@@ -50,7 +50,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="steps per repeat (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in the backward")
-    parser.add_argument("--output", type=Path, default=RESULTS / "training.json", help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=RESULTS / "router_tuning.json", help="default: %(default)s")
     args = parser.parse_args()
     total = SHAPES[args.shape]["num_hidden_layers"]
     args.routed = total // 2 if args.routed is None else args.routed
@@ -67,7 +67,7 @@ def random_model(args: argparse.Namespace, directory: Path) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from training.model import attach_routers, freeze_base
+    from router_tuning.model import attach_routers, freeze_base
     from vllm_mod.config import ModConfig
 
     config = AutoConfig.from_pretrained(llama_config(directory, **SHAPES[args.shape]))
@@ -104,10 +104,10 @@ def train(model: Any, args: argparse.Namespace, directory: Path) -> dict[str, fl
     from datasets import Dataset
     from transformers import TrainerCallback
 
-    from training.arguments import RouterTrainingArguments
-    from training.data import IGNORED, Collator
-    from training.loss import CapacityLoss
-    from training.trainer import RouterTrainer
+    from router_tuning.arguments import RouterTrainingArguments
+    from router_tuning.data import IGNORED, Collator
+    from router_tuning.loss import CapacityLoss
+    from router_tuning.trainer import RouterTrainer
 
     ids = torch.randint(model.config.vocab_size, (args.batch * args.steps, args.length)).tolist()
     prompt = args.length // 2

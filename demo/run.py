@@ -69,7 +69,7 @@ def has_chat_template(checkpoint: Path) -> bool:
 
 def held_out_prompts(data: str) -> list[str]:
     """Questions that training has not seen: it holds out the last rows of every file."""
-    from training.data import read_sources, split_tail
+    from router_tuning.data import read_sources, split_tail
 
     prompts = []
     for row in split_tail(read_sources([data]), 0.02)[1]:

@@ -1,6 +1,6 @@
 """`model_type: "deepseek"` (DeepSeek-MoE v1), which neither transformers 5 nor vLLM 0.32 knows.
 
-vLLM has the model (`DeepseekForCausalLM`) and lacks the config; `training.deepseek` has a model for transformers.
+vLLM has the model (`DeepseekForCausalLM`) and lacks the config; `router_tuning.deepseek` has a model for transformers.
 """
 
 from __future__ import annotations

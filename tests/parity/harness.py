@@ -99,7 +99,7 @@ def assert_equals_reference(
 
     Teacher-forced: the reference runs once over prompt + answer, and every answered token must be its argmax.
     """
-    from training.model import load_reference, reference_decisions, reference_logits
+    from router_tuning.model import load_reference, reference_decisions, reference_logits
 
     model, decisions = load_reference(checkpoint, config=config), []
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):

@@ -21,7 +21,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(base: Path, data: Path, output: Path, granularity: str, form: str) -> Path:
-    from training.cli import main
+    from router_tuning.cli import main
 
     flags = ["--model", str(base), "--data", str(data), "--output", str(output), "--granularity", granularity]
     flags += ["--layers", *map(str, LAYERS), "--max-steps", "8", "--max-length", "64", "--use-cpu", "true"]
@@ -81,7 +81,7 @@ def middle(checkpoint: Path, prompts: list[list[int]]) -> list[float]:
     """One threshold per layer, far from every score of the prompts: in the widest gap of the middle of its range."""
     import torch
 
-    from training.model import load_reference, reference_logits, reference_scores
+    from router_tuning.model import load_reference, reference_logits, reference_scores
 
     model = load_reference(checkpoint)
     scores: dict[int, list[torch.Tensor]] = {layer: [] for layer in LAYERS}

@@ -50,7 +50,7 @@ def tiny_model(path: Path, model_type: str, *, seed: int = 0, **overrides: Any) 
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if model_type == "deepseek":
-        from training.deepseek import register
+        from router_tuning.deepseek import register
 
         register()
     tokenizer = byte_tokenizer()

@@ -161,7 +161,7 @@ def test_adapters_of_a_dense_model_are_as_in_stock_vllm(tmp_path: Path) -> None:
 
 def test_deepseek_checkpoints_load_without_their_own_code(tmp_path: Path) -> None:
     """As published: rotary settings of transformers 4, and `auto_map`, whose code is not run."""
-    from training.model import load_base
+    from router_tuning.model import load_base
 
     base = tiny_model(tmp_path / "base", "deepseek", num_hidden_layers=4, head_dim=None, **DEEPSEEK)
     names = load_file(base / "model.safetensors")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import redundant
-from training.model import decoder_layers, load_base
+from router_tuning.model import decoder_layers, load_base
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])

@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tests.support.models import routed_checkpoint, tiny_model
-from training.cli import main
-from training.model import (
+from router_tuning.cli import main
+from router_tuning.model import (
     attach_routers,
     freeze_base,
     load_base,
@@ -22,6 +21,7 @@ from training.model import (
     router_weights,
     routing,
 )
+from tests.support.models import routed_checkpoint, tiny_model
 from vllm_mod.checkpoint import BaseShape, read_json
 from vllm_mod.config import ConfigError, ModConfig
 

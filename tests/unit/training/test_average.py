@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.average import TailAverage
-from training.routing import Router
+from router_tuning.average import TailAverage
+from router_tuning.routing import Router
 
 
 @given(st.lists(st.floats(-10, 10), min_size=2, max_size=30), st.integers(1, 29))

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from router_tuning.calibrate import measure, threshold_for
+from router_tuning.cli import main
+from router_tuning.data import read_sources, tokenize
+from router_tuning.model import load_reference, reference_decisions, reference_logits
 from tests.support.models import random_routers, routed_checkpoint, tiny_model
-from training.calibrate import measure, threshold_for
-from training.cli import main
-from training.data import read_sources, tokenize
-from training.model import load_reference, reference_decisions, reference_logits
 from vllm_mod.checkpoint import read_mod_config, write_routers
 from vllm_mod.config import ModConfig, logit
 from vllm_mod.gate import keeps
@@ -180,7 +180,7 @@ def test_an_interrupt_leaves_the_checkpoint_as_it_was(routed, data_file, monkeyp
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("training.calibrate.fit", interrupted)
+    monkeypatch.setattr("router_tuning.calibrate.fit", interrupted)
     assert calibrate(checkpoint, data_file) == 130
     assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
 

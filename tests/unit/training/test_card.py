@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from router_tuning import card
+from router_tuning.cli import main
 from tests.unit.training.test_trainer import train
-from training import card
-from training.cli import main
 from vllm_mod.config import ConfigError
 
 CALIBRATION = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from training.chat import NoAnswer, encode
-from training.converters import CONVERTERS
+from router_tuning.chat import NoAnswer, encode
+from router_tuning.converters import CONVERTERS
 
 ROWS = {
     "sharegpt": (

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from router_tuning.chat import NoAnswer, encode
+from router_tuning.data import IGNORED, Collator, read_sources, split_tail, tokenize
 from tests.unit.training.helpers import CHAT, make_tokenizer
-from training.chat import NoAnswer, encode
-from training.data import IGNORED, Collator, read_sources, split_tail, tokenize
 from vllm_mod.config import ConfigError
 
 TURNS = [

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from router_tuning.cli import main
+from router_tuning.drop import attention_similarity, most_similar
 from tests.unit.training.helpers import make_llama
-from training.cli import main
-from training.drop import attention_similarity, most_similar
 from vllm_mod.checkpoint import read_mod_config
 
 

@@ -10,11 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.models import tiny_model
-from tests.unit.training.test_trainer import interrupt_after_step, one_error, routers_of, train
-from training.cli import main
-from training.export import base_shape
-from training.lora import (
+from router_tuning.cli import main
+from router_tuning.export import base_shape
+from router_tuning.lora import (
     MLP,
     adapter_config,
     adapter_tensors,
@@ -24,7 +22,17 @@ from training.lora import (
     own_group,
     without_adapter,
 )
-from training.model import attach_routers, freeze_base, load_base, load_reference, reference_logits, routing, routing_of
+from router_tuning.model import (
+    attach_routers,
+    freeze_base,
+    load_base,
+    load_reference,
+    reference_logits,
+    routing,
+    routing_of,
+)
+from tests.support.models import tiny_model
+from tests.unit.training.test_trainer import interrupt_after_step, one_error, routers_of, train
 from vllm_mod.checkpoint import read_mod_config
 from vllm_mod.config import ConfigError, ModConfig
 
@@ -37,7 +45,7 @@ def make_config(granularity: str, layers: list[int]) -> ModConfig:
 
 
 def settings_for(base: Path, config: ModConfig, **flags):
-    from training.arguments import RouterArguments
+    from router_tuning.arguments import RouterArguments
 
     args = RouterArguments(model=str(base), data=["x"], output="y", **{"lora_r": 4, **flags})
     return adapter_config(args, config, base, base_shape(base))
@@ -223,7 +231,7 @@ def test_experts_are_merged_where_they_are_linear_modules(tmp_path):
 def test_flags_that_do_not_fit_are_refused_in_one_line(
     base_dir, data_file, tmp_path, capsys, monkeypatch, flags, message
 ):
-    monkeypatch.setattr("training.run.load_base", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("router_tuning.run.load_base", lambda *_: pytest.fail("the model was loaded"))
     assert train(base_dir, data_file, tmp_path / "out", *flags) == 2
     assert message in one_error(capsys)
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from training.average import TailAverage
-from training.loss import CapacityLoss
+from router_tuning.average import TailAverage
+from router_tuning.loss import CapacityLoss
 
 
 def test_the_papers_loss_is_a_fixed_weight_on_the_excess():

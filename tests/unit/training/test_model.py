@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.unit.training.helpers import HIDDEN, LAYERS, VOCAB, make_llama
-from training.model import (
+from router_tuning.model import (
     attach_routers,
     freeze_base,
     greedy,
@@ -16,6 +15,7 @@ from training.model import (
     reference_logits,
     routing,
 )
+from tests.unit.training.helpers import HIDDEN, LAYERS, VOCAB, make_llama
 from vllm_mod.checkpoint import write_checkpoint
 from vllm_mod.config import ConfigError, ModConfig, logit
 

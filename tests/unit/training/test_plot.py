@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from training.plot import PLOT_FILE, plot_training
+from router_tuning.plot import PLOT_FILE, plot_training
 
 STEPS = [
     {"step": i, "loss": 3.0 - i / 10, "kept": 1.0 - i / 20, "lambda": i / 100, "kept_per_layer": {"1": 1.0, "2": 0.5}}

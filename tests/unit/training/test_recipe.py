@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.cli import main
-from training.converters import CONVERTERS
-from training.data import describe, read_sources, split_tail, tokenize
-from training.recipe import parse_recipe
-from training.sources import Table
+from router_tuning.cli import main
+from router_tuning.converters import CONVERTERS
+from router_tuning.data import describe, read_sources, split_tail, tokenize
+from router_tuning.recipe import parse_recipe
+from router_tuning.sources import Table
 from vllm_mod.config import ConfigError
 
-CONFIGS = Path(__file__).parents[3] / "training" / "configs"
+CONFIGS = Path(__file__).parents[3] / "training" / "router_tuning" / "configs"
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
@@ -161,7 +161,7 @@ def test_plain_files_of_unknown_or_ambiguous_form_are_refused(tmp_path):
 
 @pytest.mark.parametrize("text", ["sources: [{data: absent.jsonl}]", "sources: [{data: math, converter: orca}]"])
 def test_bad_recipes_are_refused_before_a_model_is_fetched(folder, monkeypatch, capsys, text):
-    monkeypatch.setattr("training.run.local_model", lambda *_: pytest.fail("the model was fetched"))
+    monkeypatch.setattr("router_tuning.run.local_model", lambda *_: pytest.fail("the model was fetched"))
     path = recipe(folder, text)
     assert main(["train", "--model", "someone/model", "--data", path, "--output", str(folder / "out")]) == 2
     assert f"error: {path}: sources[0]: key" in capsys.readouterr().err

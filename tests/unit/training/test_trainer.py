@@ -11,10 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from training.cli import main
-from training.data import Collator, read_sources, split_tail, tokenize
-from training.model import attach_routers, freeze_base, load_base, load_reference, reference_decisions, reference_logits
-from training.trainer import RouterTrainer
+from router_tuning.cli import main
+from router_tuning.data import Collator, read_sources, split_tail, tokenize
+from router_tuning.model import (
+    attach_routers,
+    freeze_base,
+    load_base,
+    load_reference,
+    reference_decisions,
+    reference_logits,
+)
+from router_tuning.trainer import RouterTrainer
 from vllm_mod.checkpoint import read_mod_config, write_routers
 from vllm_mod.config import ModConfig
 
@@ -109,8 +116,8 @@ def test_accumulated_micro_batches_equal_one_batch(base_dir, data_file, tmp_path
 
 
 def test_held_out_measures_are_those_of_a_plain_loop(base_dir, data_file, tmp_path, tokenizer):
-    from training.arguments import RouterTrainingArguments
-    from training.loss import CapacityLoss
+    from router_tuning.arguments import RouterTrainingArguments
+    from router_tuning.loss import CapacityLoss
 
     _, rows = split_tail(read_sources([str(data_file)]), 0.1)
     dataset, _ = tokenize(rows, tokenizer, 32)
@@ -216,6 +223,6 @@ def test_training_never_imports_vllm():
         "    def find_spec(self, name, *a):\n"
         "        if name.split('.')[0] == 'vllm': raise ImportError('vllm was asked for')\n"
         "sys.meta_path.insert(0, No())\n"
-        "import training.cli, training.run, training.export, training.model\n"
+        "import router_tuning.cli, router_tuning.run, router_tuning.export, router_tuning.model\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])

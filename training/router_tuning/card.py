@@ -66,7 +66,7 @@ def render(directory: Path) -> str:
         _operating_points(records["calibration"]),
         _evaluation(records["evaluation"]),
         _training(config, records["training_args"], records["trainer_log"], command),
-        "![kept ratio and lambda in training](training.png)" if (directory / "training.png").is_file() else "",
+        "![kept ratio and lambda in training](training.png)" if (directory / "router_tuning.png").is_file() else "",
         _licence_section(licence),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"

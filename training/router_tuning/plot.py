@@ -9,7 +9,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-PLOT_FILE = "training.png"
+PLOT_FILE = "router_tuning.png"
 #: Steps that a smooth line is the mean of, as a share of the run.
 _SMOOTH = 0.1
 

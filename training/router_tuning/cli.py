@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"router-tuning: error: no command {argv[0]!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("training").setLevel(logging.INFO)
+    logging.getLogger(__package__).setLevel(logging.INFO)
     try:
         return COMMANDS[argv[0]](argv[1:])
     except ConfigError as error:
