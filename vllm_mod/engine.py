@@ -12,7 +12,8 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from .checkpoint import BaseShape, num_experts_of, read_routers
-from .config import ConfigError, EngineKnobs, ModConfig
+from .config import ConfigError, ModConfig
+from .plan import plan_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -27,23 +28,6 @@ CONNECTOR = "MoDConnector"
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate")
 #: Attention metadata that can be rebuilt for a subset of the rows; FlashInfer plans its kernels on the host.
 CUDA_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
-
-
-def mod_config(vllm_config: VllmConfig) -> ModConfig:
-    """The checkpoint's `mod_config` with this engine's knobs applied; raises ConfigError."""
-    hf_config = vllm_config.model_config.hf_text_config
-    where = f"{vllm_config.model_config.model}/config.json: mod_config"
-    data = getattr(hf_config, "mod_config", None)
-    if data is None:
-        raise ConfigError(f"{where} is missing; architecture {hf_config.architectures} needs it")
-    config = ModConfig.parse(data, where)
-    shape = BaseShape.of(hf_config.to_dict(), where)
-    config.check_fits(shape.num_layers, shape.num_experts, shape.dense_layers)
-    return EngineKnobs.from_additional_config(vllm_config.additional_config).apply(config)
-
-
-def reclaims_kv(vllm_config: VllmConfig) -> bool:
-    return EngineKnobs.from_additional_config(vllm_config.additional_config).kv_reclaim
 
 
 class MoDEngineConfig(VerifyAndUpdateConfig):
@@ -65,7 +49,7 @@ class MoDEngineConfig(VerifyAndUpdateConfig):
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
         cls.base.verify_and_update_config(vllm_config)
         check_version()
-        config = mod_config(vllm_config)
+        config = plan_of(vllm_config).config
         check_routers(vllm_config, config)
         if experts_without_adapters(vllm_config):
             _leave_out_experts(vllm_config)
@@ -176,11 +160,12 @@ def make_settings(vllm_config: VllmConfig, config: ModConfig) -> None:
 
     cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
     max_len = vllm_config.model_config.max_model_len
-    if config.keeps_state and cache.enable_prefix_caching:
+    windowed = config.window is not None  # its decisions are a function of the prefix, see the design, section 2
+    if config.keeps_state and not windowed and cache.enable_prefix_caching:
         why = "a decision needs its whole prompt" if config.level == "sequence" else "packed KV cannot be shared"
         logger.info("%s: prefix caching off (%s)", config.granularity, why)
         cache.enable_prefix_caching = False
-    if config.level == "sequence":
+    if config.level == "sequence" and not windowed:
         if scheduler.enable_chunked_prefill:
             logger.info("%s: chunked prefill off (a decision needs its whole prompt)", config.granularity)
         scheduler.enable_chunked_prefill = False

@@ -27,29 +27,29 @@ from .config import ConfigError
 from .decode import DecodeStep
 from .engine import experts_without_adapters
 from .gate import keeps, pair_scores
-from .routing import Route
+from .routing import Routing
+from .stats import RoutingCounts
+from .step import Route, Step
 from .sublayers import route_mlp, swap_class
 
 
-def kept_pairs(route: Route, x: Tensor, experts: Tensor) -> Tensor | None:
+def kept_pairs(route: Route, step: Step, counts: RoutingCounts, x: Tensor, experts: Tensor) -> Tensor | None:
     """Which (token, expert) pairs of one layer are kept; None means all.
 
     x: `[>= N, hidden]`, the MoE layer's normed input. experts: int `[>= N, K]`, as selected. Returns bool `[>= N, K]`,
     on the host, False at padding.
     """
-    batch, counts = route.routing.batch, route.routing.counts
-    assert batch is not None
-    total = batch.num_tokens
+    total = step.rows.num_tokens
     pairs = total * experts.shape[1]
     if route.cutoff == float("-inf"):
-        counts.add(route.layer, pairs, pairs)
+        counts.add(route.column, pairs, pairs)
         return None
     keep = torch.zeros(experts.shape, dtype=torch.bool)
     if route.cutoff != float("inf"):
         # On the host, because the number of rows to compute must be known there: the one wait of this layer.
         keep[:total] = keeps(pair_scores(x[:total], route.router.weight, experts[:total]), route.cutoff).cpu()
     number = int(keep.sum())
-    counts.add(route.layer, number, pairs)
+    counts.add(route.column, number, pairs)
     return None if number == pairs else keep
 
 
@@ -65,6 +65,7 @@ class _GatedExperts:
 
     Stock: type[RoutedExperts]
     route: Route
+    routing: Routing
     lora_base_layer_prefix: str
 
     def forward_modular(
@@ -76,18 +77,18 @@ class _GatedExperts:
         shared_experts_input: Tensor | None = None,
     ) -> Any:
         """x: `[tokens, hidden]`. topk_weights, topk_ids: `[tokens, K]`. Returns `[tokens, hidden]`."""
-        shared, batch = (shared_experts, shared_experts_input), self.route.routing.batch
-        if batch is not None and batch.decode is not None:
+        shared, step = (shared_experts, shared_experts_input), self.routing.step
+        if step is not None and step.decode is not None:
             # Static shapes: a skipped pair is computed and weighs 0.
-            topk_weights = topk_weights * _kept_in_decode(self.route, batch.decode, x, topk_ids)
+            topk_weights = topk_weights * _kept_in_decode(self.route, step.decode, x, topk_ids)
             return self.Stock.forward_modular(self, x, topk_weights, topk_ids, *shared)
-        keep = None if batch is None else kept_pairs(self.route, x, topk_ids)
-        if keep is None:
+        keep = None if step is None else kept_pairs(self.route, step, self.routing.counts_of(step), x, topk_ids)
+        if step is None or keep is None:
             return self.Stock.forward_modular(self, x, topk_weights, topk_ids, *shared)
         if self.lora_base_layer_prefix:  # set by vLLM where it gives the experts adapters
-            return self.Stock.forward_modular(self, x, topk_weights * batch.upload(keep), topk_ids, *shared)  # type: ignore[union-attr]
+            return self.Stock.forward_modular(self, x, topk_weights * step.rows.upload(keep), topk_ids, *shared)
         output = x.new_zeros(*topk_ids.shape, x.shape[-1])
-        tokens, places = (batch.upload(i) for i in keep.nonzero(as_tuple=True))  # type: ignore[union-attr]
+        tokens, places = (step.rows.upload(i) for i in keep.nonzero(as_tuple=True))
         if len(tokens):
             pair = (tokens, places, None)
             output[tokens, places] = self.Stock.forward_modular(
@@ -104,14 +105,16 @@ class _GatedExperts:
         )
 
 
-def route_experts(module: nn.Module, name: str, route: Route, forward_context: dict[str, Any]) -> None:
+def route_experts(
+    module: nn.Module, name: str, route: Route, routing: Routing, forward_context: dict[str, Any]
+) -> None:
     """Gate the routed experts of an MoE layer; raises ConfigError if it has none."""
     experts = [m for m in module.modules() if isinstance(m, RoutedExperts)]
     if len(experts) != 1:
         raise ConfigError(f"{name}: {type(module).__name__} has no routed experts, it is a dense MLP")
-    route_mlp(module, name, route, forward_context)
+    route_mlp(module, name, route, routing, forward_context)
     swap_class(experts[0], _GatedExperts)
-    experts[0].route = route
+    experts[0].route, experts[0].routing = route, routing
 
 
 @contextmanager

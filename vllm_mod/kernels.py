@@ -15,27 +15,33 @@ _CHUNK = 1024
 
 @triton.jit
 def _split_pages_kernel(
-    block_table, table_stride, seq_lens, state, state_stride, columns,
-    tables, tables_stride_layer, tables_stride_row, layer_seq_lens, layer_slots, stride_layer,
-    num_layers, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr,
+    block_table, table_stride, seq_lens, live, keep, keep_stride, columns, page_columns,
+    pages, pages_stride_column, pages_stride_slot, tables, tables_stride_column, tables_stride_row,
+    layer_seq_lens, layer_slots, stride_layer,
+    BLOCK_SIZE: tl.constexpr, DECIDED: tl.constexpr, SHARED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     row, layer = tl.program_id(0), tl.program_id(1)
-    length = tl.load(seq_lens + row)
-    column = tl.load(columns + layer)
-    anchor = tl.load(block_table + row * table_stride).to(tl.int64)
-    # A one-token prompt has no decision yet: `decide` takes it.
-    kept = tl.load(state + anchor * state_stride + tl.maximum(column, 0)).to(tl.int32)
-    length = tl.where((column < 0) | (kept != 0) | (length == 1), length, 0)
+    column, page_column = tl.load(columns + layer), tl.load(page_columns + layer)
+    slot = tl.load(block_table + row * table_stride).to(tl.int64)
+    whole = tl.where(tl.load(live + row).to(tl.int32) != 0, tl.load(seq_lens + row), 0)
+    length = whole
+    if DECIDED:
+        kept = tl.load(keep + tl.maximum(column, 0) * keep_stride + row).to(tl.int32)
+        length = tl.where((column < 0) | (kept != 0), whole, 0)
     tl.store(layer_seq_lens + layer * stride_layer + row, length)
+    own = pages + page_column * pages_stride_column + slot * pages_stride_slot
     last = tl.maximum(length - 1, 0)
-    page = tl.load(block_table + row * table_stride + last // BLOCK_SIZE * num_layers + layer).to(tl.int64)
-    slot = tl.where(length > 0, page * BLOCK_SIZE + last % BLOCK_SIZE, -1)
-    tl.store(layer_slots + layer * stride_layer + row, slot)
+    page = tl.load(own + last // BLOCK_SIZE).to(tl.int64)
+    tl.store(layer_slots + layer * stride_layer + row, tl.where(length > 0, page * BLOCK_SIZE + last % BLOCK_SIZE, -1))
+    # Layers that share a page column share its table: one of them copies it, as long as any layer reads.
     blocks = (length + BLOCK_SIZE - 1) // BLOCK_SIZE
+    if SHARED:
+        blocks = tl.where(layer == 0, (whole + BLOCK_SIZE - 1) // BLOCK_SIZE, 0)
     for first in range(0, blocks, CHUNK):
         block = first + tl.arange(0, CHUNK)
-        pages = tl.load(block_table + row * table_stride + block * num_layers + layer, mask=block < blocks, other=0)
-        tl.store(tables + layer * tables_stride_layer + row * tables_stride_row + block, pages, mask=block < blocks)
+        values = tl.load(own + block, mask=block < blocks, other=0)
+        tl.store(tables + page_column * tables_stride_column + row * tables_stride_row + block, values,
+                 mask=block < blocks)  # fmt: skip
 
 
 @triton.jit
@@ -66,42 +72,52 @@ def _scores_kernel(x, x_stride, weight, hidden, scores, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _decide_prompts_kernel(
-    x, x_stride, weight, hidden, cutoff, seq_lens, block_table, table_stride, state, state_stride,
-    keep, layer_seq_lens, layer_slots, ATTENTION: tl.constexpr, CONSTANT: tl.constexpr, CHUNK: tl.constexpr,
+def _decide_requests_kernel(
+    x, x_stride, weight, hidden, cutoffs, seq_lens, live, block_table, table_stride, window_ends, known,
+    state, sums, state_stride, keep, layer_seq_lens, layer_slots,
+    ATTENTION: tl.constexpr, DENSE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    if tl.load(seq_lens + row) == 1:
-        kept = _keeps(x, x_stride, weight, hidden, row, cutoff, CONSTANT, CHUNK)
-        anchor = tl.load(block_table + row * table_stride).to(tl.int64)
-        tl.store(state + anchor * state_stride, kept != 0)
-        tl.store(keep + row, kept != 0)
-        if ATTENTION:  # noqa: SIM102 (known when compiled, the other is not)
-            if kept == 0:
-                tl.store(layer_seq_lens + row, 0)
-                tl.store(layer_slots + row, -1)
+    slot = tl.load(block_table + row * table_stride).to(tl.int64)
+    length, end = tl.load(seq_lens + row), tl.load(window_ends + slot)
+    undecided = tl.load(known + slot).to(tl.int32) == 0
+    # Where there is a window, requests that are decided already are scored, too: others may go on from their blocks.
+    if (tl.load(live + row).to(tl.int32) != 0) & (length <= end) & (undecided | DENSE):
+        at = slot * state_stride
+        total = tl.load(sums + at) + _dot(x, x_stride, weight, hidden, row, CHUNK).to(tl.float64)
+        tl.store(sums + at, total)
+        if (length == end) & undecided:
+            cutoff, mean = tl.load(cutoffs + at), total / end.to(tl.float64)
+            below = (mean < cutoff) & (cutoff != float("-inf")) | (cutoff == float("inf"))
+            tl.store(state + at, below == 0)
+            if not DENSE:
+                tl.store(keep + row, below == 0)
+                if ATTENTION:  # noqa: SIM102 (known when compiled, the other is not)
+                    if below:
+                        tl.store(layer_seq_lens + row, 0)
+                        tl.store(layer_slots + row, -1)
 
 
 @triton.jit
 def _decide_tokens_kernel(
-    x, x_stride, weight, hidden, cutoff, seq_lens, block_table, table_stride, stored, stored_stride,
-    keep, layer_seq_lens, layer_slots, slot_mapping, kept_count,
+    x, x_stride, weight, hidden, cutoff, live, block_table, table_stride, stored, stored_stride, pages,
+    pages_stride_slot, keep, layer_seq_lens, layer_slots, kept_count,
     BLOCK_SIZE: tl.constexpr, ATTENTION: tl.constexpr, CONSTANT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    length = tl.load(seq_lens + row)
-    kept = tl.where(length > 0, _keeps(x, x_stride, weight, hidden, row, cutoff, CONSTANT, CHUNK), 0)
+    lives = tl.load(live + row).to(tl.int32) != 0
+    kept = tl.where(lives, _keeps(x, x_stride, weight, hidden, row, cutoff, CONSTANT, CHUNK), 0)
     tl.store(keep + row, kept != 0)
-    if (kept != 0) & (tl.load(slot_mapping + row) >= 0):  # padding and dummy runs have no slots
+    if kept != 0:
         tl.atomic_add(kept_count, 1)
     if ATTENTION:
-        anchor = tl.load(block_table + row * table_stride).to(tl.int64)
-        place = tl.where(length == 1, 0, tl.load(stored + anchor * stored_stride))
-        page = tl.load(block_table + row * table_stride + place // BLOCK_SIZE).to(tl.int64)
+        slot = tl.load(block_table + row * table_stride).to(tl.int64)
+        place = tl.load(stored + slot * stored_stride)
+        page = tl.load(pages + slot * pages_stride_slot + place // BLOCK_SIZE).to(tl.int64)
         tl.store(layer_slots + row, tl.where(kept != 0, page * BLOCK_SIZE + place % BLOCK_SIZE, -1))
         tl.store(layer_seq_lens + row, tl.where(kept != 0, place + 1, 0))
-        if length > 0:
-            tl.store(stored + anchor * stored_stride, place + kept)
+        if lives:
+            tl.store(stored + slot * stored_stride, place + kept)
 
 
 def _constant(cutoff: float) -> int:
@@ -122,27 +138,36 @@ def row_scores(x: Any, weight: Any) -> Any:
 
 
 def split_pages(buffers: Any, block_table: Any, seq_lens: Any) -> None:
-    """Fill `tables`, `layer_seq_lens` and `layer_slots` of all layers, see `decode.DecodeBuffers`."""
-    rows, layers = len(seq_lens), len(buffers.columns)
+    """Fill `tables`, `seq_lens` and `slots` of all attention layers, see `decode.DecodeBuffers`."""
+    rows, layers, decided = len(seq_lens), len(buffers.layers), hasattr(buffers.state, "keep")
     _split_pages_kernel[(rows, layers)](
-        block_table, block_table.stride(0), seq_lens, buffers.state, buffers.state.stride(0), buffers.columns,
+        block_table, block_table.stride(0), seq_lens, buffers.live, buffers.keep, buffers.keep.stride(0),
+        buffers.columns, buffers.page_columns,
+        buffers.all_pages, buffers.all_pages.stride(0), buffers.all_pages.stride(1),
         buffers.tables, buffers.tables.stride(0), buffers.tables.stride(1),
-        buffers.seq_lens, buffers.slots, buffers.slots.stride(0), layers, BLOCK_SIZE=buffers.block_size, CHUNK=128,
+        buffers.seq_lens, buffers.slots, buffers.slots.stride(0),
+        BLOCK_SIZE=buffers.block_size, DECIDED=decided, SHARED=len(buffers.tables) == 1, CHUNK=128,
     )  # fmt: skip
 
 
 def decide(
-    buffers: Any, x: Any, weight: Any, cutoff: float, column: int, index: int | None, block_table: Any, seq_lens: Any,
-    slot_mapping: Any,
-) -> None:  # fmt: skip
+    buffers: Any, x: Any, weight: Any, cutoff: float, column: int, index: int | None, block_table: Any, seq_lens: Any
+) -> None:
     """Decide of single rows, and set what attention layer `index` (None: there is none) sees of them."""
-    attention = index is not None
-    args = (x, x.stride(0), weight, x.shape[1], cutoff if _constant(cutoff) < 0 else 0.0, seq_lens, block_table,
-            block_table.stride(0), buffers.state[:, column], buffers.state.stride(0), buffers.keep[column],
-            buffers.seq_lens[index or 0], buffers.slots[index or 0])  # fmt: skip
-    flags = {"ATTENTION": attention, "CONSTANT": _constant(cutoff), "CHUNK": _CHUNK}
-    if buffers.per_request:
-        _decide_prompts_kernel[(len(seq_lens),)](*args, **flags)
-    else:
-        counter = buffers.kept[column : column + 1]
-        _decide_tokens_kernel[(len(seq_lens),)](*args, slot_mapping, counter, BLOCK_SIZE=buffers.block_size, **flags)
+    attention, state = index is not None, buffers.state
+    row = (x, x.stride(0), weight, x.shape[1])
+    table = (block_table, block_table.stride(0))
+    sees = (buffers.keep[column], buffers.seq_lens[index or 0], buffers.slots[index or 0])
+    if hasattr(state, "keep"):
+        _decide_requests_kernel[(len(seq_lens),)](
+            *row, state.cutoffs[:, column], seq_lens, buffers.live, *table, state.window_ends_device,
+            state.known_device, state.keep[:, column], state.sums[:, column], state.sums.stride(0), *sees,
+            ATTENTION=attention, DENSE=buffers.dense_window, CHUNK=_CHUNK,
+        )  # fmt: skip
+        return
+    stored = state.stored[:, column] if attention else buffers.kept
+    _decide_tokens_kernel[(len(seq_lens),)](
+        *row, cutoff if _constant(cutoff) < 0 else 0.0, buffers.live, *table, stored, stored.stride(0),
+        buffers.all_pages[0], buffers.all_pages.stride(1), *sees, buffers.kept[column : column + 1],
+        BLOCK_SIZE=buffers.block_size, ATTENTION=attention, CONSTANT=_constant(cutoff), CHUNK=_CHUNK,
+    )  # fmt: skip

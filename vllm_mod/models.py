@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from vllm import ModelRegistry
 from vllm.config import VllmConfig
@@ -13,13 +14,16 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from .batch import batch_backend
+from .backend import stepping_backend
 from .checkpoint import BaseShape, check_routers, router_name
 from .config import ARCHITECTURES, ConfigError, ModConfig
-from .engine import experts_without_adapters, mod_config, reclaims_kv
+from .engine import experts_without_adapters
 from .experts import kernels_without_adapters, route_experts
-from .kv.attention import allocate_whole_rows, share_pages
-from .routing import Route, Router, Routing
+from .kv.attention import track_requests
+from .patch import Patch
+from .plan import Plan, plan_of
+from .routing import Routing
+from .step import Route, Router
 from .sublayers import Skipped, route_attention, route_mlp
 
 _SUBLAYERS = {"attn": ("self_attn",), "mlp": ("mlp",), "block": ("self_attn", "mlp"), "expert": ("mlp",)}
@@ -32,9 +36,11 @@ class MoDModel(nn.Module):
         with kernels_without_adapters(vllm_config):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._adapters_on_experts = not experts_without_adapters(vllm_config)
-        self.mod_config = mod_config(vllm_config)
-        forward_context = vllm_config.compilation_config.static_forward_context
+        plan = plan_of(vllm_config)
+        self.mod_config = plan.config
         layers = self._layers_to_change()
+        for layer in layers.values():
+            layer.router = _router(plan, vllm_config.model_config.dtype)
         if self.mod_config.is_static:
             for layer in layers.values():
                 _drop(layer, self.mod_config, vllm_config.compilation_config)
@@ -42,18 +48,20 @@ class MoDModel(nn.Module):
                 self.set_moe_parameters()  # type: ignore[operator]
             return
         self.routing = Routing(self.mod_config)
-        if (lora := vllm_config.lora_config) is not None:
-            self.routing.whole_batch_linears, self.routing.shares_rows = True, lora.fully_sharded_loras
-        shape = BaseShape.of(self.config.to_dict(), "config.json")  # type: ignore[union-attr, operator]
-        _install(layers, self.mod_config, self.routing, shape, forward_context)
-        if self.mod_config.level == "sequence" and self.mod_config.target != "mlp" and reclaims_kv(vllm_config):
-            self.routing.paged_layers = share_pages(self, vllm_config)
-        if self.routing.state is not None:
-            allocate_whole_rows(self)
+        lora = vllm_config.lora_config
+        self.routing.whole_batch_linears = lora is not None
+        _install(layers, self.routing, vllm_config, shares_rows=lora is not None and lora.fully_sharded_loras)
+        if self.mod_config.keeps_state:
+            kv_layers = {route.column: route.kv_layer for route in self.routing.routes}
+            routed = [kv_layers.get(column) for column in range(len(self.mod_config.layers))]
+            by_request = self.mod_config.level == "sequence"
+            per_layer = by_request and self.mod_config.target != "mlp" and plan.knobs.kv_reclaim
+            self.routing.layout = track_requests(self, vllm_config, routed if by_request else [], per_layer)
         self.routing.static_decode = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         for module in self.modules():
             if isinstance(module, Attention):
-                module.attn_backend, module.mod_routing = batch_backend(module.attn_backend), self.routing
+                module.attn_backend = stepping_backend(module.attn_backend)
+                module.mod_routing, module.mod_mailbox = self.routing, self.routing.mailbox
 
     @property
     def lora_manager(self) -> Any:
@@ -106,20 +114,24 @@ class MoDModel(nn.Module):
         return loaded
 
 
-def _install(
-    layers: dict[int, nn.Module], config: ModConfig, routing: Routing, shape: BaseShape, forward_context: dict[str, Any]
-) -> None:
+def _router(plan: Plan, dtype: torch.dtype) -> Router:
+    """Of one layer, to be loaded."""
+    config, hidden = plan.config, plan.shape.hidden_size
+    rows = 0 if config.is_static else (plan.shape.num_experts or 0) if config.target == "expert" else 1
+    return Router(hidden, rows, Patch(hidden, config.patch.rank, dtype) if config.patch is not None else None)
+
+
+def _install(layers: dict[int, nn.Module], routing: Routing, vllm_config: VllmConfig, shares_rows: bool) -> None:
+    config, forward_context = routing.config, vllm_config.compilation_config.static_forward_context
     for column, (index, cutoff) in enumerate(zip(config.layers, config.cutoffs, strict=True)):
         if index not in layers:
             continue
-        layer = layers[index]
-        rows = (shape.num_experts or 0) if config.target == "expert" else 1
-        layer.router = Router(shape.hidden_size, rows)
-        route = Route(index, column, layer.router, cutoff, routing)
+        layer: Any = layers[index]
+        route = Route(index, column, layer.router, cutoff, shares_rows=shares_rows)
         routing.routes.append(route)
         for name in _SUBLAYERS[config.target]:
             turn = route_attention if name == "self_attn" else route_experts if config.target == "expert" else route_mlp
-            turn(getattr(layer, name), f"model.layers.{index}.{name}", route, forward_context)
+            turn(getattr(layer, name), f"model.layers.{index}.{name}", route, routing, forward_context)
 
 
 def _drop(layer: nn.Module, config: ModConfig, compilation: Any) -> None:
@@ -130,7 +142,8 @@ def _drop(layer: nn.Module, config: ModConfig, compilation: Any) -> None:
                 del compilation.static_forward_context[module.layer_name]
             if isinstance(module, MoERunner):
                 compilation.static_all_moe_layers.remove(module.layer_name)
-        setattr(layer, name, Skipped())
+        patch: Any = layer.router.patch if name == _SUBLAYERS[config.target][0] else None  # type: ignore[union-attr]
+        setattr(layer, name, Skipped(patch))
 
 
 def _is_dropped(weight: str, config: ModConfig) -> bool:

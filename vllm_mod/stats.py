@@ -6,35 +6,36 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 
 class RoutingCounts:
-    """Kept and routed (request, layer) or (token, layer) pairs since the last report."""
+    """Kept and routed (request, layer) or (token, layer) pairs since the last report; columns as in `layers`."""
 
     def __init__(self, layers: Sequence[int]) -> None:
         self._layers = tuple(layers)
-        self._clear()
+        self._pairs = torch.zeros(2, len(self._layers), dtype=torch.int64)  # kept, routed
 
-    def _clear(self) -> None:
-        self._kept = dict.fromkeys(self._layers, 0)
-        self._routed = dict.fromkeys(self._layers, 0)
+    def add(self, column: int, kept: int, routed: int) -> None:
+        self._pairs[:, column] += torch.tensor([kept, routed])
 
-    def add(self, layer: int, kept: int, routed: int) -> None:
-        self._kept[layer] += kept
-        self._routed[layer] += routed
+    def decided(self, keep: Tensor, columns: Sequence[int]) -> None:
+        """keep: bool `[requests, C]`, on the host, of which `columns` count."""
+        where = list(columns)
+        self._pairs[0, where] += keep[:, where].sum(0)
+        self._pairs[1, where] += len(keep)
 
     def take(self) -> MoDStats | None:
         """The counts, which start again at zero; None if nothing was routed."""
-        if not any(self._routed.values()):
+        kept, routed = self._pairs.tolist()
+        if not any(routed):
             return None
+        self._pairs.zero_()
         # Layers as strings: the payload crosses processes as JSON-like data.
-        data = {
-            "kept": {str(i): n for i, n in self._kept.items() if self._routed[i]},
-            "routed": {str(i): n for i, n in self._routed.items() if n},
-        }
-        self._clear()
-        return MoDStats(data=data)
+        pairs = [(str(layer), k, n) for layer, k, n in zip(self._layers, kept, routed, strict=True) if n]
+        return MoDStats(data={"kept": {i: k for i, k, _ in pairs}, "routed": {i: n for i, _, n in pairs}})
 
 
 @dataclass

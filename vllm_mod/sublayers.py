@@ -23,17 +23,16 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.linear import RowParallelLinear
-from vllm.utils.torch_utils import (
-    LayerNameType,
-    _encode_layer_name,
-    _resolve_layer_name,
-    direct_register_custom_op,
-)
+from vllm.utils.torch_utils import LayerNameType, direct_register_custom_op
 
-from .batch import Batch, Subset, attending
+from .compat import encode_layer_name, resolve_layer_name
 from .config import ConfigError
 from .decode import DecodeStep
-from .routing import ALL, Route
+from .kept import ALL, Kept
+from .patch import Patch
+from .routing import Routing
+from .rows import Subset, attending
+from .step import Route, Step
 
 _library = Library("vllm_mod", "FRAGMENT")
 #: Ops that run eagerly between compiled pieces (`kv.attention` has the last one).
@@ -41,12 +40,12 @@ OPS = ("routed_attention", "routed_mlp", "paged_attention")
 
 
 def routed_attention(positions: Tensor, hidden_states: Tensor, output: Tensor, layer_name: LayerNameType) -> None:
-    module = get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)]
+    module = get_forward_context().no_compile_layers[resolve_layer_name(layer_name)]
     module.run(output, positions, hidden_states)
 
 
 def routed_mlp(hidden_states: Tensor, output: Tensor, layer_name: LayerNameType) -> None:
-    module = get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)]
+    module = get_forward_context().no_compile_layers[resolve_layer_name(layer_name)]
     module.run(output, hidden_states)
 
 
@@ -62,44 +61,67 @@ class _Routed:
     """Shared by both kinds; `Stock` is the class the sub-module was built as."""
 
     Stock: type[nn.Module]
+    with_attention: bool
     route: Route
+    routing: Routing
     name: str
+    patch: Patch | None  #: what a row that skips adds instead
     reduce_after: bool  #: the stock all-reduce was taken out, `run` does it on the full batch
 
     def run(self, output: Tensor, *inputs: Tensor) -> None:
-        """Fill `output` `[tokens, hidden]`: the sublayer's on kept rows, zero elsewhere."""
-        batch = self.route.routing.batch
-        if batch is not None and batch.decode is not None and self.route.routing.config.target != "expert":
-            self._decode(batch.decode, output, *inputs)
+        """Fill `output` `[tokens, hidden]`: the sublayer's on kept rows, the patch or zero elsewhere."""
+        step = self.routing.step
+        if step is not None and step.decode is not None and not self.routing.by_experts:
+            self._decode(step.decode, output, *inputs)
         else:
-            self._compact(batch, output, *inputs)
+            self._compact(step, output, *inputs)
+
+    def _reduce(self, output: Tensor) -> None:
         if self.reduce_after:
             # Only now, on all rows: ranks can never wait for each other, whatever each of them kept.
             output.copy_(tensor_model_parallel_all_reduce(output))
 
-    def _compact(self, batch: Batch | None, output: Tensor, *inputs: Tensor) -> None:
-        kept = ALL if batch is None else self.route.kept(inputs[-1], self.with_attention)  # type: ignore[attr-defined]
-        if kept == ALL:
+    def _compact(self, step: Step | None, output: Tensor, *inputs: Tensor) -> None:
+        x = inputs[-1]
+        kept = ALL if step is None else step.kept(self.route, x, self.with_attention, self.routing.whole_block)
+        if kept.all:
             output.copy_(self.stock_forward(*inputs))  # type: ignore[attr-defined]
+            self._reduce(output)
             return
         output.zero_()
-        if not isinstance(kept, str):
-            output.index_copy_(0, kept.tokens, self._kept_rows(kept, *inputs))
+        if kept.subset is not None:
+            output.index_copy_(0, kept.subset.tokens, self._kept_rows(kept.subset, *inputs))
+        self._reduce(output)
+        if self.patch is not None:
+            assert step is not None
+            _add_patch(self.patch, kept, step.rows.num_tokens, x, output)
 
     def _decode(self, step: DecodeStep, output: Tensor, *inputs: Tensor) -> None:
         """At static shapes, see `decode`. A skipped row's attention is undefined, so it is replaced, not multiplied."""
-        follows = self.route.routing.config.target == "block" and not self.with_attention  # type: ignore[attr-defined]
+        follows = self.routing.whole_block and not self.with_attention
         keep = step.keep(self.route) if follows else step.decide(self.route, inputs[-1])
         rows = len(keep)
         result = self.masked_stock_forward(step, *inputs)  # type: ignore[attr-defined]
         output[rows:].zero_()
         torch.where(keep[:, None], result[:rows], result.new_zeros(()), out=output[:rows])
+        self._reduce(output)
+        if self.patch is not None:
+            torch.where(keep[:, None], output[:rows], self.patch(inputs[-1][:rows]), out=output[:rows])
 
     def _kept_rows(self, kept: Subset, *inputs: Tensor) -> Tensor:
         """The sublayer's output on `kept.tokens`."""
-        if self.route.routing.whole_batch_linears:
+        if self.routing.whole_batch_linears:
             return self.masked_forward(kept, *inputs)[kept.tokens]  # type: ignore[attr-defined]
         return self.subset_forward(kept, *(i[kept.tokens] for i in inputs))  # type: ignore[attr-defined]
+
+
+def _add_patch(patch: Patch, kept: Kept, number: int, x: Tensor, output: Tensor) -> None:
+    """To the rows of `number` in all that skip; after the all-reduce, so that it is added once."""
+    if kept.subset is None:
+        output[:number] = patch(x[:number])
+    else:
+        others = kept.subset.others(number)
+        output.index_copy_(0, others, patch(x[others]))
 
 
 class _RoutedAttention(_Routed):
@@ -108,15 +130,16 @@ class _RoutedAttention(_Routed):
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         output = torch.empty_like(hidden_states)
-        torch.ops.vllm_mod.routed_attention(positions, hidden_states, output, _encode_layer_name(self.name))
+        torch.ops.vllm_mod.routed_attention(positions, hidden_states, output, encode_layer_name(self.name))
         return output
 
     def stock_forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         return self.Stock.forward(self, positions=positions, hidden_states=hidden_states)
 
     def subset_forward(self, kept: Subset, positions: Tensor, hidden_states: Tensor) -> Tensor:
-        assert self.route.kv_layer is not None
-        with attending(get_forward_context(), self.route.kv_layer, kept):
+        name, step = self.route.kv_layer, self.routing.step
+        assert name is not None and step is not None
+        with attending(get_forward_context(), name, *step.contexts_of(name, kept)):
             return self.stock_forward(positions, hidden_states)
 
     def masked_stock_forward(self, step: DecodeStep, positions: Tensor, hidden_states: Tensor) -> Tensor:
@@ -136,7 +159,7 @@ class _RoutedMLP(_Routed):
 
     def forward(self, x: Tensor) -> Tensor:
         output = torch.empty_like(x)
-        torch.ops.vllm_mod.routed_mlp(x, output, _encode_layer_name(self.name))
+        torch.ops.vllm_mod.routed_mlp(x, output, encode_layer_name(self.name))
         return output
 
     def stock_forward(self, x: Tensor) -> Tensor:
@@ -183,14 +206,16 @@ def swap_class(module: nn.Module, kind: type) -> None:
     module.__class__ = _routed_class(kind, stock)
 
 
-def route_attention(module: nn.Module, name: str, route: Route, forward_context: dict[str, Any]) -> None:
+def route_attention(
+    module: nn.Module, name: str, route: Route, routing: Routing, forward_context: dict[str, Any]
+) -> None:
     """Route a decoder layer's attention; raises ConfigError if it is not one plain attention."""
     kv_layers = [m for m in module.modules() if isinstance(m, Attention)]
     if len(kv_layers) != 1:
         raise ConfigError(f"{name}: {type(module).__name__} has {len(kv_layers)} attention layers, one is needed")
-    _route(module, _RoutedAttention, name, route, forward_context)
+    _route(module, _RoutedAttention, name, route, routing, forward_context)
     route.kv_layer, module.kv_module = kv_layers[0].layer_name, kv_layers  # type: ignore[assignment]
-    route.shares_rows = get_tensor_model_parallel_world_size() > 1 and _norms_all_heads(module, kv_layers[0])
+    route.shares_rows |= get_tensor_model_parallel_world_size() > 1 and _norms_all_heads(module, kv_layers[0])
 
 
 def _norms_all_heads(module: nn.Module, attention: Attention) -> bool:
@@ -199,14 +224,19 @@ def _norms_all_heads(module: nn.Module, attention: Attention) -> bool:
     return norm is not None and norm.weight.numel() > attention.head_size
 
 
-def route_mlp(module: nn.Module, name: str, route: Route, forward_context: dict[str, Any]) -> None:
-    _route(module, _RoutedMLP, name, route, forward_context)
+def route_mlp(module: nn.Module, name: str, route: Route, routing: Routing, forward_context: dict[str, Any]) -> None:
+    _route(module, _RoutedMLP, name, route, routing, forward_context)
 
 
-def _route(module: nn.Module, kind: type, name: str, route: Route, forward_context: dict[str, Any]) -> None:
+def _route(
+    module: nn.Module, kind: type, name: str, route: Route, routing: Routing, forward_context: dict[str, Any]
+) -> None:
     _use_kernels(module)
     swap_class(module, kind)
-    module.name, module.route = name, route  # type: ignore[assignment]
+    module.name, module.route, module.routing = name, route, routing  # type: ignore[assignment]
+    # A module of the router's; of a block, its attention adds it.
+    patched = kind is _RoutedAttention or not routing.whole_block
+    module.__dict__["patch"] = route.router.patch if patched else None
     module.reduce_after = _take_out_all_reduce(module)  # type: ignore[assignment]
     forward_context[name] = module
 
@@ -239,8 +269,14 @@ def _take_out_all_reduce(module: nn.Module) -> bool:
 
 
 class Skipped(nn.Module):
-    """A sublayer that a static checkpoint drops: no weights, no KV cache, adds nothing to the residual stream."""
+    """A sublayer that a static checkpoint drops: no weights, no KV cache, adds nothing, or its patch."""
+
+    patch: Patch | None
+
+    def __init__(self, patch: Patch | None = None) -> None:
+        super().__init__()
+        self.__dict__["patch"] = patch  # a module of the router's
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        hidden_states = kwargs.get("hidden_states", args[-1] if args else None)
-        return torch.zeros_like(hidden_states)  # type: ignore[arg-type]
+        hidden_states: Any = kwargs.get("hidden_states", args[-1] if args else None)
+        return torch.zeros_like(hidden_states) if self.patch is None else self.patch(hidden_states)

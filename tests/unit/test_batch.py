@@ -11,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from vllm.v1.attention.backend import CommonAttentionMetadata
-
 from vllm_mod.batch import Batch, Subset, attending, with_table
 
 BLOCK = 4

@@ -1,7 +1,8 @@
-"""Attention layers that share one pool of pages (see `kv.pages`)."""
+"""Attention layers of models whose requests have state on the workers (see `kv.pages`)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,10 +12,13 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.attention import unified_attention_with_output, unified_kv_cache_update
-from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, direct_register_custom_op
-from vllm.v1.kv_cache_interface import FullAttentionSpec, get_kv_quant_mode
+from vllm.utils.torch_utils import LayerNameType, direct_register_custom_op
+from vllm.v1.kv_cache_interface import get_kv_quant_mode
 
-from .pages import PageSpec
+from ..compat import encode_layer_name
+from ..config import ConfigError
+from ..tables import Layout
+from .spec import PageSpec
 
 logger = init_logger("vllm." + __name__)
 _library = Library("vllm_mod", "FRAGMENT")
@@ -35,25 +39,31 @@ direct_register_custom_op(
 )
 
 
-def _shape(layer: Attention, vllm_config: VllmConfig) -> dict[str, Any]:
-    """Fields of a spec that says nothing of a window."""
-    return {
-        "block_size": vllm_config.cache_config.block_size,
-        "num_kv_heads": layer.num_kv_heads,
-        "head_size": layer.head_size,
-        "head_size_v": layer.head_size_v,
-        "dtype": layer.kv_cache_torch_dtype,
-        "kv_quant_mode": get_kv_quant_mode(layer.kv_cache_dtype),
-    }
+class TrackedAttention(Attention):
+    """`Attention` of a model whose requests have state on the workers.
 
+    Its KV spec says nothing of a sliding window: vLLM would give blocks that fall out of it to other requests. The
+    kernels go on to look no further back than the window.
+    """
 
-class PagedAttention(Attention):
-    """`Attention` whose KV lives in pages of the pool that the first attention layer owns."""
-
-    num_layers: int
+    page_columns: int
+    routed_columns: tuple[int, ...]
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> PageSpec:
-        return PageSpec(**_shape(self, vllm_config), num_layers=self.num_layers)
+        return PageSpec(
+            block_size=vllm_config.cache_config.block_size,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            head_size_v=self.head_size_v,
+            dtype=self.kv_cache_torch_dtype,
+            kv_quant_mode=get_kv_quant_mode(self.kv_cache_dtype),
+            columns=self.page_columns,
+            routed=self.routed_columns,
+        )
+
+
+class PagedAttention(TrackedAttention):
+    """Its KV lives in pages of the pool that the first attention layer owns."""
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, output_shape: Any = None, output_dtype: Any = None
@@ -64,51 +74,41 @@ class PagedAttention(Attention):
             key.view(-1, self.num_kv_heads, self.head_size),
             value.view(-1, self.num_kv_heads, self.head_size_v),
             output.view(-1, self.num_heads, self.head_size_v),
-            _encode_layer_name(self.layer_name),
+            encode_layer_name(self.layer_name),
         )
         return output
 
 
-def share_pages(model: nn.Module, vllm_config: VllmConfig) -> list[str] | None:
-    """Let all attention layers of `model` draw pages from one pool.
+def track_requests(
+    model: nn.Module, vllm_config: VllmConfig, routed_layers: Sequence[str | None], per_layer: bool
+) -> Layout:
+    """Let workers know requests by their slots, and keep page tables; returns where the KV of each layer is.
 
-    Returns the layers' names in table order, or None, with one warning that says why, where pages per layer cannot
-    work; allocation is vLLM's own then.
+    routed_layers: the attention layer that each routed layer skips, None where it skips none or is elsewhere.
+    per_layer: give each layer pages of its own, so that skipped ones can be given back. Where that cannot work, one
+    warning says why, and pages hold all layers.
     """
-    layers = [m for m in model.modules() if isinstance(m, Attention)]
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, Attention)]
     shapes = {(a.num_kv_heads, a.head_size, a.head_size_v, a.kv_cache_torch_dtype) for a in layers}
+    if len(shapes) != 1 or any(type(a) is not Attention for a in layers):
+        kinds = ", ".join(sorted({type(a).__name__ for a in layers})) or "no attention layer"
+        raise ConfigError(
+            f"{type(model).__name__}: routing that remembers requests needs plain attention layers whose KV has one "
+            f"shape; this model has {kinds} of {len(shapes)} shapes"
+        )
     why = None
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         why = "pipeline parallel stages share page numbers"
-    elif not layers:
-        why = "there is no plain attention layer"
-    elif len(shapes) != 1:
-        why = "the layers' KV shapes differ"
-    elif any(type(a) is not Attention or a.kv_sharing_target_layer_name or a.query_quant for a in layers):
-        why = "an attention layer is of a kind of its own"
-    if why:
+    elif any(a.kv_sharing_target_layer_name or a.query_quant for a in layers):
+        why = "an attention layer shares its KV, or quantises queries"
+    if why and per_layer:
         logger.warning("kv_reclaim: off, skipped layers keep their KV pages (%s)", why)
-        return None
+    names = [layer.layer_name for layer in layers]
+    paged = per_layer and not why
     for layer in layers:
-        layer.__class__ = PagedAttention
-        layer.num_layers = len(layers)
-        if layer is not layers[0]:
-            layer.kv_sharing_target_layer_name = layers[0].layer_name
-    return [layer.layer_name for layer in layers]
-
-
-class WholeRowAttention(Attention):
-    """Sliding-window `Attention` that keeps the pages which fall out of its window.
-
-    vLLM would give them to other requests, the first one of a row included, by which workers know a request.
-    """
-
-    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> FullAttentionSpec:
-        return FullAttentionSpec(**_shape(self, vllm_config))
-
-
-def allocate_whole_rows(model: nn.Module) -> None:
-    """For models whose requests have routing state; the kernels go on to look no further back than the window."""
-    for module in model.modules():
-        if type(module) is Attention and module.sliding_window is not None:
-            module.__class__ = WholeRowAttention
+        layer.__class__ = PagedAttention if paged else TrackedAttention
+        layer.page_columns = len(layers) if paged else 1
+        layer.routed_columns = tuple(names.index(name) if paged and name else -1 for name in routed_layers)
+        if paged and layer is not layers[0]:
+            layer.kv_sharing_target_layer_name = names[0]
+    return Layout(names, list(range(len(names))) if paged else [0] * len(names))

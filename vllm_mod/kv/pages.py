@@ -1,129 +1,337 @@
 """KV pages per (request, layer): the pages of skipped layers go back to the pool.
 
 In vLLM a block holds one token block's KV of every layer of a group, so a layer that a request skips costs as much as
-any other. Here a page holds *one* layer's KV of one token block, all layers draw pages from one pool, and a request's
-row of the block table is interleaved: entry `b * L + l` is layer l's page of token block b.
+any other. Here a page holds *one* layer's KV of one token block, and all layers draw pages from one pool.
+
+A request's row of vLLM's block table holds one number, its *slot*, by which workers know the request for as long as it
+runs. Its pages travel in the step's message (see `messages`), as many as are new, and workers keep the tables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Any
+import itertools
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.kv_cache_interface import AttentionSpec
-from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
-# The first registration otherwise hides vLLM's own (0.32 fills the registry only while it is empty).
-KVCacheSpecRegistry._ensure_registered()
+from .messages import NewPages, Scored, Start, StepMessage
+from .prefix import PrefixCache
+from .tracked import OwnedHashes, Tracked
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .spec import PageSpec
+
+#: Token blocks taken at once from which on their pages are put in order: a CPU reads neighbours faster.
+_SORTED_FROM = 4
+
+
+def _as_it_came(tracked: Tracked) -> None:
+    pass
 
 
 class PageManager(FullAttentionManager):
-    """Allocates rows of L pages per token block, less those of the layers a request has skipped.
-
-    A layer's pages are taken, and given back, side by side: a CPU reads neighbours faster than pages that lie L apart.
-    """
+    """vLLM's manager of the one KV-cache group. `G` page columns, `R` routed layers."""
 
     def __init__(self, kv_cache_spec: PageSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        self._num_layers = kv_cache_spec.num_layers
-        self._skipped: dict[str, frozenset[int]] = {}  # survives a preemption, ends with the request
+        self._width = kv_cache_spec.columns
+        routed = kv_cache_spec.routed
+        #: the column that every request has pages in
+        self._lead = next((c for c in range(self._width) if c not in routed), 0)
+        self._routed = routed
+        self._window = 0
+        self.prefix = self._prefix_cache()
+        self._live: dict[str, Tracked] = {}
+        self._by_serial: dict[int, Tracked] = {}
+        self._serials = itertools.count(1)
+        self._free_slots: list[KVCacheBlock] = []
+        self._number_of_slots = 0
+        self._freed_slots: list[int] = []  # since the last step
+        # Of the step that is being scheduled: its requests, those that begin, those that have new pages.
+        self._stepping: dict[str, Tracked] = {}
+        self._starting: dict[str, Tracked] = {}
+        self._grown: dict[str, Tracked] = {}
+        #: called once per request, when the scheduler first looks at it: it may set its cutoffs
+        self.admit: Callable[[Tracked], None] = _as_it_came
         self.pages_released = 0
-        self.token_slots = 0  #: of all requests, in any layer; `block_size` per row of L entries
+        self.token_slots = 0  #: of all requests, in any layer; `block_size` per token block
+        self.reports_ignored = 0  #: they were of requests that have ended
+
+    def _prefix_cache(self) -> PrefixCache:
+        return PrefixCache(self.block_pool, self.block_size, self._window, self._width, self._lead, self._routed)
 
     @property
     def bytes_held(self) -> int:
         pool = self.block_pool
         return (pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()) * self.kv_cache_spec.page_size_bytes
 
-    def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
-        held = len(self.req_to_blocks.get(request_id, ()))
-        return self._pages(request_id, held // self._num_layers, cdiv(num_tokens, self.block_size))
+    # ---- requests
 
-    def _pages(self, request_id: str, first_row: int, last_row: int) -> int:
-        """Pages that rows `first_row` to `last_row` (exclusive) take; the anchor is always one of them."""
-        skipped = self._skipped.get(request_id, frozenset())
-        rows = max(last_row - first_row, 0)
-        anchor = 1 if rows and first_row == 0 and 0 in skipped else 0
-        return rows * (self._num_layers - len(skipped)) + anchor
+    def use_window(self, window: int) -> None:
+        """Before the first request: decisions are taken from the first `window` tokens; 0: from the whole prompt."""
+        self._window = window
+        self.prefix = self._prefix_cache()
+
+    def open(self, request: Any, cutoffs: np.ndarray, own: bool = False) -> Tracked:
+        """A request has arrived. cutoffs: float64 `[R]`; own: they are not the checkpoint's."""
+        prompt = request.num_prompt_tokens
+        window_end = (min(self._window, prompt) if self._window else prompt) if len(cutoffs) else 0
+        tracked = self._live[request.request_id] = Tracked(request, prompt, window_end, cutoffs, own)
+        request.block_hashes = OwnedHashes(request.block_hashes)
+        request.block_hashes.owner = tracked
+        return tracked
+
+    def close(self, request_id: str) -> Tracked | None:
+        """The request has ended; vLLM will free its pages next."""
+        tracked = self._live.get(request_id)
+        if tracked is not None:
+            tracked.closed = True
+        return tracked
+
+    def must_wait(self, request_id: str) -> bool:
+        """Not to be prefilled in this step: what it needs is on its way."""
+        tracked = self._live[request_id]
+        return tracked.waits or tracked.deciding
+
+    # ---- what vLLM asks for
+
+    def find_longest_cache_hit(self, block_hashes: Any, max_length: int, **_: Any) -> Any:
+        """(lead pages of the token blocks found, tokens in them). vLLM calls it on the instance."""
+        owner = getattr(block_hashes, "owner", None)
+        if owner is None:
+            return ([],), 0
+        self._admit(owner)
+        longest = min(max_length // self.block_size, len(block_hashes))
+        found = self.prefix.find(owner, block_hashes, longest)
+        return ([cached.pages[self._lead] for cached in found],), len(found) * self.block_size
+
+    def _admit(self, tracked: Tracked) -> None:
+        if not tracked.admitted:
+            tracked.admitted = True
+            self.admit(tracked)
+
+    def get_num_blocks_to_allocate(
+        self, request_id: str, num_tokens: int, new_computed_blocks: Sequence[KVCacheBlock] = (), *_: Any, **__: Any
+    ) -> int:
+        tracked = self._live[request_id]
+        first, last = tracked.blocks, cdiv(num_tokens, self.block_size)
+        evictable = 0
+        if new_computed_blocks:
+            first = len(new_computed_blocks)
+            pages = self._found_pages(tracked, new_computed_blocks)
+            evictable = self._get_num_evictable_blocks(list(itertools.chain(*pages)))
+        return evictable + self._pages(tracked, first, last)
+
+    def _found_pages(self, tracked: Tracked, leads: Sequence[KVCacheBlock]) -> list[list[KVCacheBlock]]:
+        """`[G][token blocks]`: the pages that the request takes over, the null page where it needs none."""
+        needed, null = self.prefix.needed(tracked, len(leads)), self._null_block
+        cached = [self.prefix.of(lead) for lead in leads]
+        return [
+            [c.pages[column] or null for c in cached] if column in needed else [null] * len(cached)
+            for column in range(self._width)
+        ]
+
+    def _pages(self, tracked: Tracked, first: int, last: int) -> int:
+        """pages of token blocks `first` to `last` (exclusive) take; of all layers where a window reaches into them."""
+        dense = min(self._dense_blocks(tracked), last)
+        rest = max(last - max(first, dense), 0)
+        return max(dense - first, 0) * self._width + rest * (self._width - len(self.prefix.skipped(tracked)))
+
+    def _dense_blocks(self, tracked: Tracked) -> int:
+        """Token blocks with tokens of its window; every layer runs on these where there is a window at all."""
+        return cdiv(tracked.window_end, self.block_size) if self._window else 0
+
+    def add_local_computed_blocks(
+        self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *_: Any, **__: Any
+    ) -> None:
+        tracked = self._live[request_id]
+        if not new_computed_blocks:
+            return
+        assert not tracked.blocks
+        tracked.columns = self._found_pages(tracked, new_computed_blocks)
+        tracked.found = tracked.offered = len(new_computed_blocks)
+        tracked.found_sums = self._found_sums(tracked, new_computed_blocks)
+        self.block_pool.touch([page for page in itertools.chain(*tracked.columns) if not page.is_null])
+        self.token_slots += tracked.found * self.block_size
+        self._grown[request_id] = tracked
+        self._take_slot(request_id, tracked)
+
+    def _found_sums(self, tracked: Tracked, leads: Sequence[KVCacheBlock]) -> np.ndarray | None:
+        """What the tokens of its window among the found ones have scored."""
+        inside = min(len(leads), cdiv(tracked.window_end, self.block_size)) if self._window else 0
+        return self.prefix.of(leads[inside - 1]).sums if inside else None
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:  # fmt: skip
-        blocks = self.req_to_blocks[request_id]
-        first, last = len(blocks) // self._num_layers, cdiv(num_tokens, self.block_size)
-        if last <= first:
-            return []
-        rows, skipped = last - first, self._skipped.get(request_id, frozenset())
-        pages = self.block_pool.get_new_blocks(self._pages(request_id, first, last))
-        new = [self._null_block] * (rows * self._num_layers)
+        """Give the request pages for `num_tokens` tokens; returns what is new in its row: its slot, or nothing."""
+        tracked = self._stepping[request_id] = self._live[request_id]
+        tracked.scheduled = num_tokens
+        first, last = tracked.blocks, cdiv(num_tokens, self.block_size)
+        if last > first:
+            self._grow(tracked, first, last)
+            self._grown[request_id] = tracked
+            self.token_slots += (last - first) * self.block_size
+        is_new = tracked.slot is None or request_id in self._starting
+        return self._take_slot(request_id, tracked) if is_new else []
+
+    def _grow(self, tracked: Tracked, first: int, last: int) -> None:
+        if not tracked.columns:
+            tracked.columns = [[] for _ in range(self._width)]
+        pages = self.block_pool.get_new_blocks(self._pages(tracked, first, last))
+        if last - first >= _SORTED_FROM:
+            pages.sort(key=attrgetter("block_id"))
+        skipped = self.prefix.skipped(tracked)
+        dense = min(max(self._dense_blocks(tracked) - first, 0), last - first)
         start = 0
-        for layer in range(self._num_layers):
-            if layer not in skipped:
-                new[layer :: self._num_layers] = pages[start : start + rows]
-                start += rows
-        if start < len(pages):
-            new[0] = pages[start]  # the anchor, where layer 0 is skipped
-        blocks.extend(new)
-        self.token_slots += rows * self.block_size
-        return new
+        for column, held in enumerate(tracked.columns):
+            count = dense if column in skipped else last - first
+            held += pages[start : start + count]
+            held += [self._null_block] * (last - first - count)
+            start += count
 
-    def skip_layers(self, request_id: str, layers: Collection[int]) -> int:
-        """Freeze which layers a request skips and give their pages back at once; returns how many.
+    def _take_slot(self, request_id: str, tracked: Tracked) -> list[KVCacheBlock]:
+        if tracked.slot is None:
+            self._admit(tracked)
+            tracked.serial = next(self._serials)
+            self._by_serial[tracked.serial] = tracked
+            tracked.serials.append(tracked.serial)
+            if not self._free_slots:
+                self._number_of_slots += 1
+                self._free_slots.append(KVCacheBlock(self._number_of_slots))
+            tracked.slot = self._free_slots.pop()
+            self.req_to_blocks[request_id] = [tracked.slot]
+            self.num_cached_block[request_id] = tracked.found
+            self._starting[request_id] = tracked
+        return [tracked.slot]
 
-        The first entry of a row stays: workers know a request by it. A preempted request has no pages now; it gets
-        none for these layers when it resumes.
-        """
-        if request_id in self._skipped:
-            if self._skipped[request_id] != frozenset(layers):
-                raise RuntimeError(f"request {request_id}: its routing decision changed, from another rank or in time")
-            return 0
-        if not all(0 <= layer < self._num_layers for layer in layers):
-            raise RuntimeError(f"request {request_id} skips layers {layers}, and there are {self._num_layers} of them")
-        self._skipped[request_id] = frozenset(layers)
-        blocks: list[KVCacheBlock] = self.req_to_blocks.get(request_id, [])
-        freed: list[KVCacheBlock] = []
-        for layer in sorted(self._skipped[request_id]):
-            column = slice(layer or self._num_layers, None, self._num_layers)  # of layer 0, all but the anchor
-            freed += blocks[column]
-            blocks[column] = [self._null_block] * len(blocks[column])
-        self.block_pool.free_blocks(freed)
-        self.pages_released += len(freed)
-        return len(freed)
+    def cache_blocks(self, request: Any, *_: Any, **__: Any) -> None:
+        """vLLM calls it for every request that it schedules, if prefix caching is on."""
+        tracked = self._live[request.request_id]
+        self.prefix.offer(tracked)
+        self._note_cached(tracked)
 
-    def forget(self, request_id: str) -> None:
-        self._skipped.pop(request_id, None)
+    def _note_cached(self, tracked: Tracked) -> None:
+        """vLLM reads from the blocks of a row how many tokens a request has left in the cache."""
+        if tracked.slot is not None and tracked.offered:
+            tracked.slot.reset_hash()
+            lead = tracked.columns[self._lead][tracked.offered - 1]
+            tracked.slot.set_block_hash(lead.block_hash, tracked.offered * self.block_size)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        blocks = super().pop_blocks_for_free(request_id)
-        self.token_slots -= len(blocks) // self._num_layers * self.block_size
-        by_layer: list[KVCacheBlock] = []
-        for layer in range(self._num_layers):
-            by_layer += blocks[layer :: self._num_layers]
-        return [page for page in by_layer if page is not self._null_block]
+        """All pages of a request that has ended, or is preempted; its first token block first."""
+        super().pop_blocks_for_free(request_id)
+        self._starting.pop(request_id, None)
+        self._grown.pop(request_id, None)
+        tracked = self._live.get(request_id)
+        if tracked is None:
+            return []
+        if self._stepping.pop(request_id, None) is not None:
+            self.prefix.withdraw(tracked, tracked.certain)
+        self.prefix.let_go(tracked)
+        if tracked.slot is not None:
+            tracked.slot.reset_hash()
+            self._free_slots.append(tracked.slot)
+            self._freed_slots.append(tracked.slot.block_id)
+        self.token_slots -= tracked.blocks * self.block_size
+        pages = [page for block in zip(*tracked.columns, strict=True) for page in block if not page.is_null]
+        tracked.let_go()
+        if tracked.closed:
+            del self._live[request_id]
+            self._drop_if_done(tracked)
+        return pages
 
-    def cache_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """Prefix caching is off: a decision needs its whole prompt."""
+    def _drop_if_done(self, tracked: Tracked) -> None:
+        """Forget a request that has ended, if nothing more will be heard of it."""
+        if tracked.closed and not tracked.deciding and not any(tracked.awaited.values()):
+            for serial in tracked.serials:
+                self._by_serial.pop(serial, None)
 
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
+        """Abstract in vLLM 0.31; nobody asks from 0.32 on."""
         return 0
 
+    # ---- what workers are told, and tell
 
-@register_kv_cache_spec(manager_class=PageManager)
-@dataclass(frozen=True, kw_only=True)
-class PageSpec(AttentionSpec):
-    """One layer's page; a token block of a request takes up to `num_layers` of them."""
+    def take_message(self) -> StepMessage:
+        """Of the step that was just scheduled."""
+        starting, self._starting = self._starting, {}
+        grown, self._grown = self._grown, {}
+        stepping, self._stepping = self._stepping, {}
+        for tracked in stepping.values():
+            tracked.certain, tracked.dispatched = tracked.offered, tracked.scheduled
+        freed, self._freed_slots = self._freed_slots, []
+        return StepMessage([self._start(t) for t in starting.values()], self._new_pages(list(grown.values())), freed)
 
-    num_layers: int
+    def _start(self, tracked: Tracked) -> Start:
+        assert tracked.slot is not None
+        return Start(
+            slot=tracked.slot.block_id,
+            serial=tracked.serial,
+            window_end=tracked.window_end,
+            computed=tracked.found * self.block_size,
+            keep=None if tracked.keep is None else tuple(tracked.keep.tolist()),
+            sums=None if tracked.found_sums is None else tuple(tracked.found_sums.tolist()),
+            cutoffs=tuple(tracked.cutoffs.tolist()) if tracked.own_cutoffs else None,
+            counts=len(tracked.serials) == 1,
+        )
 
-    def max_num_blocks_per_req(self, vllm_config: Any, max_len: int) -> int:
-        return self.num_layers * cdiv(max_len, self.block_size)
+    def _new_pages(self, grown: list[Tracked]) -> NewPages:
+        if not grown:
+            return NewPages.none(self._width)
+        counts = [tracked.blocks - tracked.told for tracked in grown]
+        pages = np.empty((sum(counts), self._width), np.int32)
+        start = 0
+        for tracked, count in zip(grown, counts, strict=True):
+            for column, held in enumerate(tracked.columns):
+                pages[start : start + count, column] = [page.block_id for page in held[tracked.told :]]
+            start += count
+        result = NewPages(
+            np.array([t.slot.block_id for t in grown], np.int64),  # type: ignore[union-attr]
+            np.array([t.told for t in grown], np.int64),
+            np.array(counts, np.int64),
+            pages,
+        )
+        for tracked in grown:
+            tracked.told = tracked.blocks
+        return result
 
-    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
-        return self.max_num_blocks_per_req(vllm_config, vllm_config.model_config.max_model_len) * self.page_size_bytes
+    def hear(self, serial: int, scored: Scored) -> None:
+        """A worker's report of one request: others may go on from its blocks, and pages that it skips come back."""
+        tracked = self._by_serial.get(serial)
+        if tracked is None or tracked.closed:
+            self.reports_ignored += scored.keep is not None
+        if tracked is None:
+            return
+        tracked.sums.update(enumerate(scored.sums, scored.first_block))
+        if scored.keep is not None:
+            if tracked.keep is not None and not np.array_equal(tracked.keep, scored.keep):
+                raise RuntimeError(f"request {tracked.request.request_id}: its routing decision changed")
+            tracked.keep, tracked.deciding = scored.keep, False
+        self.prefix.heard(tracked)
+        if serial != tracked.serial or not tracked.columns:  # it has ended, or was preempted and perhaps goes on
+            self._drop_if_done(tracked)
+            return
+        if scored.keep is not None:
+            if self.enable_caching:
+                self.prefix.offer(tracked)
+                self._note_cached(tracked)
+                tracked.certain = tracked.offered
+            self._release(tracked)
 
-    def is_uniform_with_collection(self, kv_cache_specs: dict[str, Any]) -> bool:
-        return all(spec == self for spec in kv_cache_specs.values())
+    def _release(self, tracked: Tracked) -> None:
+        """Give the pages of skipped layers back: its window is complete."""
+        freed: list[KVCacheBlock] = []
+        for column in self.prefix.skipped(tracked):
+            held = tracked.columns[column]
+            freed += [page for page in held if not page.is_null]
+            held[:] = [self._null_block] * len(held)
+        self.block_pool.free_blocks(freed)
+        self.pages_released += len(freed)

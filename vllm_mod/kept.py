@@ -1,0 +1,20 @@
+"""Which rows of a forward keep a routed sublayer: all of them, none, or a proper subset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .rows import Subset
+
+
+@dataclass(frozen=True)
+class Kept:
+    subset: Subset | None
+    all: bool = False
+
+    @property
+    def none(self) -> bool:
+        return self.subset is None and not self.all
+
+
+ALL, NONE = Kept(None, all=True), Kept(None)

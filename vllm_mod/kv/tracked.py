@@ -1,0 +1,67 @@
+"""What the scheduler's side knows of one live request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+
+
+class OwnedHashes(list[Any]):
+    """A request's block hashes, by which a lookup in the prefix cache knows whose they are.
+
+    vLLM's managers are asked for a hit with the hashes alone; the list of a request is the one thing of its own in it.
+    """
+
+    owner: Tracked
+
+
+@dataclass(eq=False)
+class Tracked:
+    """Lives from the request's arrival to its end, also while it is preempted."""
+
+    request: Any  #: vLLM's
+    prompt_len: int
+    #: `D`: tokens its decisions are taken from; 0 where nothing is decided per request
+    window_end: int
+    cutoffs: np.ndarray  #: float64 `[R]`
+    own_cutoffs: bool = False  #: they differ from the checkpoint's
+    #: bool `[R]`; None until it is decided, then frozen
+    keep: np.ndarray | None = None
+    #: it has no pages, and its decisions are on their way
+    deciding: bool = False
+    #: what it needs next is being computed by another request
+    waits: bool = False
+    admitted: bool = False  #: it was looked at by the scheduler
+    closed: bool = False  #: it has ended; reports may be on their way
+    #: blocks that others may find, and whose scores are on their way: those of an earlier prefill, too
+    awaited: dict[int, list[Any]] = field(default_factory=dict)
+    serials: list[int] = field(default_factory=list)  #: of all its prefills, by which workers report
+
+    # Of its present prefill; empty while it waits or is preempted.
+    serial: int = 0
+    slot: KVCacheBlock | None = None
+    columns: list[list[KVCacheBlock]] = field(default_factory=list)  #: pages `[G][token blocks]`
+    found: int = 0  #: token blocks of the prefix cache that it began with
+    found_sums: np.ndarray | None = None  #: their scores
+    told: int = 0  #: token blocks whose pages workers know
+    scheduled: int = 0  #: tokens, those of the steps under way included
+    dispatched: int = 0  #: tokens, without those of the step that is being scheduled
+    offered: int = 0  #: token blocks that others may find
+    certain: int = 0  #: those of them that were offered in earlier steps, or are sure to be computed
+    sums: dict[int, np.ndarray] = field(default_factory=dict)  #: float64 `[R]` per block in the window, as heard
+    undecided: list[bytes] = field(default_factory=list)  #: hashes of its blocks behind the window
+
+    @property
+    def blocks(self) -> int:
+        """Token blocks that it has pages for."""
+        return len(self.columns[0]) if self.columns else 0
+
+    def let_go(self) -> None:
+        """It has no pages any more: it has ended, or is preempted."""
+        self.deciding = self.keep is None and 0 < self.window_end <= self.dispatched
+        self.slot, self.columns, self.found_sums = None, [], None
+        self.found = self.told = self.scheduled = self.dispatched = self.offered = self.certain = 0
+        self.waits, self.sums = False, {}

@@ -1,0 +1,29 @@
+"""What a skipped sublayer adds to the residual stream in place of its own output (design section 2, version 2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class _Matrix(nn.Module):
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(rows, columns, dtype=dtype), requires_grad=False)
+
+
+class Patch(nn.Module):
+    """`P(x) = U (D x) + b`; `bias` `[hidden]`, `down.weight` `[rank, hidden]`, `up.weight` `[hidden, rank]`."""
+
+    def __init__(self, hidden_size: int, rank: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=dtype), requires_grad=False)
+        self.down = _Matrix(rank, hidden_size, dtype) if rank else None
+        self.up = _Matrix(hidden_size, rank, dtype) if rank else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: `[rows, hidden]`, the sublayer's normed input. Returns the same shape."""
+        if self.down is None or self.up is None:
+            return self.bias.to(x.dtype).expand_as(x)
+        low = nn.functional.linear(x, self.down.weight)
+        return nn.functional.linear(low, self.up.weight, self.bias)

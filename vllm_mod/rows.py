@@ -1,0 +1,127 @@
+"""One forward's requests and rows, and the attention metadata of any subset of them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.forward_context import ForwardContext
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+
+@dataclass
+class Subset:
+    """Rows that keep a sublayer, and what their attention needs (None where no attention is involved)."""
+
+    tokens: Tensor  #: int64 `[n]`, row numbers in the batch, ascending
+    requests: Tensor | None = None  #: int64 `[r]`: those that have rows among them
+    metadata: Any = None
+    slots: Tensor | None = None
+    _others: Tensor | None = None
+
+    def others(self, number: int) -> Tensor:
+        """int64: the rows of `number` in all that are not in the subset."""
+        if self._others is None:
+            rest = torch.ones(number, dtype=torch.bool, device=self.tokens.device)
+            rest[self.tokens] = False
+            self._others = rest.nonzero().flatten()
+        return self._others
+
+
+class Rows:
+    """Read once per forward from vLLM's `CommonAttentionMetadata`; padded requests and rows are left out.
+
+    `R` requests with `N` query tokens in all. Tensors named `*_host` are on the CPU, the others on the device.
+    """
+
+    def __init__(self, cm: CommonAttentionMetadata, build: Callable[[CommonAttentionMetadata], Any]) -> None:
+        self.cm, self.build = cm, build
+        lengths = cm.query_start_loc_cpu.diff()
+        # Padded requests follow the real ones and have no query tokens.
+        self.num_requests = R = int((lengths > 0).sum())
+        self.num_tokens = int(cm.query_start_loc_cpu[R])
+        self.device = cm.seq_lens.device
+        self.lengths_host = lengths[:R].long()
+        self.starts_host = cm.query_start_loc_cpu[:R].long()
+        ends = cm.seq_lens_cpu_upper_bound if cm.seq_lens_cpu_upper_bound is not None else cm.seq_lens.cpu()
+        #: tokens of each request that earlier steps computed, or found in the prefix cache
+        self.computed_host = ends[:R].long() - self.lengths_host
+
+    @functools.cached_property
+    def request_of_token_host(self) -> Tensor:
+        """int64 `[N]`."""
+        return torch.repeat_interleave(torch.arange(self.num_requests), self.lengths_host)
+
+    @functools.cached_property
+    def place_host(self) -> Tensor:
+        """int64 `[N]`: each row's number among those of its request."""
+        return torch.arange(self.num_tokens) - self.starts_host[self.request_of_token_host]
+
+    def upload(self, values: Tensor) -> Tensor:
+        """Host tensor to the device, without waiting for what that is doing."""
+        return values if self.device.type == "cpu" else values.pin_memory().to(self.device, non_blocking=True)
+
+    def first_of_each(self, counts: Tensor) -> Subset:
+        """The first `counts[r]` rows of each request r; counts: int64 `[R]`, host, neither all rows nor none.
+
+        Row numbers are made on the host, where lengths are known: the device is not waited for.
+        """
+        active_host = counts.nonzero().flatten()
+        active = self.upload(active_host)
+        tokens = self.upload((self.place_host < counts[self.request_of_token_host]).nonzero().flatten())
+        ends = (self.computed_host + counts)[active_host]
+        cm = self.reduced(active, active_host, counts[active_host], self.upload(ends.to(torch.int32)), ends, tokens)
+        return Subset(tokens, active, self.build(cm))
+
+    def reduced(
+        self, requests: Tensor, requests_host: Tensor, lengths_host: Tensor, seq_lens: Tensor, seq_lens_host: Tensor,
+        tokens: Tensor,
+    ) -> CommonAttentionMetadata:  # fmt: skip
+        """Metadata of some requests and rows; pages and slots are set per layer."""
+        starts = torch.zeros(len(lengths_host) + 1, dtype=torch.int32)
+        starts[1:] = lengths_host.cumsum(0)
+        cm = self.cm
+        return cm.replace(
+            query_start_loc=self.upload(starts),
+            query_start_loc_cpu=starts,
+            seq_lens=seq_lens,
+            seq_lens_cpu_upper_bound=seq_lens_host.to(torch.int32),
+            num_reqs=len(lengths_host),
+            num_actual_tokens=tokens.numel(),
+            max_query_len=int(lengths_host.max()),
+            max_seq_len=int(seq_lens_host.max()),
+            block_table_tensor=cm.block_table_tensor[requests],
+            slot_mapping=cm.slot_mapping[tokens],
+            positions=None if cm.positions is None else cm.positions[tokens],
+            is_prefilling=None if cm.is_prefilling is None else cm.is_prefilling[requests_host],
+            req_idx=None,
+            # Caches of the whole batch; dataclasses.replace() would copy them.
+            _num_computed_tokens_cache=None,
+            _token_to_req_indices_cache=None,
+        )
+
+
+def with_table(metadata: Any, table: Tensor) -> Any:
+    """A copy of `metadata`, which the layers of a step share, that reads other pages."""
+    metadata = copy.copy(metadata)
+    metadata.block_table = table
+    return metadata
+
+
+@contextmanager
+def attending(context: ForwardContext, layer_name: str, metadata: Any, slots: Tensor) -> Iterator[None]:
+    """Meanwhile the attention layer `layer_name` sees other rows."""
+    by_layer, slot_mapping = context.attn_metadata, context.slot_mapping
+    assert isinstance(by_layer, dict) and isinstance(slot_mapping, dict)
+    before = by_layer[layer_name], slot_mapping[layer_name]
+    by_layer[layer_name], slot_mapping[layer_name] = metadata, slots
+    try:
+        yield
+    finally:
+        by_layer[layer_name], slot_mapping[layer_name] = before
