@@ -59,7 +59,7 @@ class Perplexities:
         if thresholds is None:
             thresholds = operating_points(self.checkpoint)
         for threshold in thresholds:
-            config = ModConfig.parse(self.config.model_dump() | {"threshold": threshold}, "--thresholds")
+            config = self.config.with_threshold(threshold, "--thresholds")
             found = losses(f"threshold {threshold}", self.checkpoint, config)
             curve.append({"system": "routed", "threshold": threshold} | _relative(found, base))
         if self.config.target != "expert":

@@ -250,6 +250,7 @@ def log_routing(vllm_config: VllmConfig, config: ModConfig) -> None:
     layers = ", ".join(map(str, config.layers))
     logger.info("%s: %d of %d layers routed: %s", config.granularity, len(config.layers), total, layers)
     if not config.is_static:
-        thresholds = sorted(set(config.thresholds))
-        text = str(thresholds[0]) if len(thresholds) == 1 else ", ".join(f"{t:g}" for t in config.thresholds)
-        logger.info("%s: kept where sigmoid(w . x) >= %s", config.granularity, text)
+        score = "sigmoid(w . x)" if config.criterion == "threshold" else "w . x"
+        one = len(set(config.limits)) == 1
+        text = str(config.limits[0]) if one else ", ".join(f"{limit:g}" for limit in config.limits)
+        logger.info("%s: kept where %s >= %s", config.granularity, score, text)

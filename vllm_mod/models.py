@@ -15,7 +15,7 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from .backend import stepping_backend
-from .checkpoint import BaseShape, check_routers, router_name
+from .checkpoint import BaseShape
 from .config import ARCHITECTURES, ConfigError, ModConfig
 from .engine import experts_without_adapters
 from .experts import kernels_without_adapters, route_experts
@@ -25,6 +25,7 @@ from .plan import Plan, plan_of
 from .routing import Routing
 from .step import Route, Router
 from .sublayers import Skipped, route_attention, route_mlp
+from .tensors import check_routers
 
 _SUBLAYERS = {"attn": ("self_attn",), "mlp": ("mlp",), "block": ("self_attn", "mlp"), "expert": ("mlp",)}
 
@@ -95,22 +96,22 @@ class MoDModel(nn.Module):
             return super().forward(*args, **kwargs)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        config, routers = self.mod_config, {}
+        config, tensors = self.mod_config, {}
 
         def selected() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in weights:
-                if ".router.weight" in name:
-                    routers[name] = tensor
+                if ".router." in name:
+                    tensors[name] = tensor
                 elif not (config.is_static and _is_dropped(name, config)):
                     yield name, tensor
 
         loaded = super().load_weights(selected())  # type: ignore[misc]
         shape = BaseShape.of(self.config.to_dict(), "config.json")  # type: ignore[union-attr, operator]
-        for layer, weight in check_routers(routers, config, shape, "checkpoint").items():
-            module: Any = self.model.layers[layer]  # type: ignore[union-attr, index]
-            if not isinstance(module, PPMissingLayer):
-                module.router.weight.data.copy_(weight)
-                loaded.add(router_name(layer))
+        check_routers(tensors, config, shape, "checkpoint")
+        parameters = dict(self.named_parameters())
+        for name in tensors.keys() & parameters.keys():  # the others are of layers on other pipeline ranks
+            parameters[name].data.copy_(tensors[name])
+            loaded.add(name)
         return loaded
 
 

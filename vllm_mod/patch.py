@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .gate import apply_patch
+
 
 class _Matrix(nn.Module):
     def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
@@ -24,6 +26,5 @@ class Patch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: `[rows, hidden]`, the sublayer's normed input. Returns the same shape."""
         if self.down is None or self.up is None:
-            return self.bias.to(x.dtype).expand_as(x)
-        low = nn.functional.linear(x, self.down.weight)
-        return nn.functional.linear(low, self.up.weight, self.bias)
+            return apply_patch(x, self.bias)
+        return apply_patch(x, self.bias, self.down.weight, self.up.weight)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vllm_mod.checkpoint import BaseShape, read_json, read_mod_config, read_routers, replace_json, write_thresholds
+from vllm_mod.checkpoint import BaseShape, read_json, read_mod_config, read_routers, replace_json, write_mod_config
 from vllm_mod.config import ConfigError, ModConfig
 
 from . import card
@@ -146,7 +146,7 @@ def fit(
 
 
 def config_with(config: ModConfig, thresholds: Thresholds) -> ModConfig:
-    return ModConfig.parse(config.model_dump() | {"threshold": thresholds}, "threshold")
+    return config.with_threshold(thresholds)
 
 
 # ---------------------------------------------------------------- the command
@@ -184,7 +184,7 @@ def calibrate(args: CalibrateArguments, command: str) -> dict[str, Any]:
         ],
     }
     replace_json(directory / CALIBRATION_FILE, record)
-    write_thresholds(directory, _plain(fitted))
+    write_mod_config(directory, fitted)
     card.write(directory)
     return record
 
@@ -200,6 +200,7 @@ def report(record: Mapping[str, Any], directory: str) -> None:
 
 
 def _plain(config: ModConfig) -> Thresholds:
+    assert config.threshold is not None
     return list(config.threshold) if isinstance(config.threshold, tuple) else config.threshold
 
 

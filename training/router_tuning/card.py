@@ -160,14 +160,14 @@ def _kept(config: ModConfig, log: dict[str, Any], calibration: dict[str, Any]) -
         return ""
     trained = log.get("held_out", {}).get("kept_per_layer", {})
     calibrated = calibration.get("kept_per_layer", {})
-    head = ["layer", "threshold"]
+    head = ["layer", config.criterion]
     columns: list[dict[str, float]] = []
     for name, found in (("kept on held-out data, after training", trained), ("calibrated", calibrated)):
         if found:
             head, columns = [*head, name], [*columns, found]
     rows = [
-        [str(layer), f"{threshold:.4g}", *(_number(column.get(str(layer))) for column in columns)]
-        for layer, threshold in zip(config.layers, config.thresholds, strict=True)
+        [str(layer), f"{limit:.4g}", *(_number(column.get(str(layer))) for column in columns)]
+        for layer, limit in zip(config.layers, config.limits, strict=True)
     ]
     means = [log.get("held_out", {}).get("kept")] * bool(trained) + [calibration.get("kept")] * bool(calibrated)
     if means:
