@@ -31,24 +31,28 @@ def long_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _poison_free_pages(llm: Any) -> None:
-    """A page is NaN while nobody owns it; zero when handed out, since kernels multiply a block's unused tail by 0."""
-    cache = runner_model(llm).model.layers[0].self_attn.attn.kv_cache
-    cache.fill_(torch.nan)
-    cache[0] = 0  # the null page, which rows of skipped layers point to
+    """A page is NaN while nobody owns or may find it; zero when handed out: kernels multiply an unused tail by 0."""
+    layers = [layer.self_attn.attn for layer in runner_model(llm).model.layers]
+    caches = list({layer.kv_cache.data_ptr(): layer.kv_cache for layer in layers}.values())  # one, if pages are shared
+    for cache in caches:
+        cache.fill_(torch.nan)
+        cache[0] = 0  # the null page, which rows of skipped layers point to
     pool = scheduler(llm).kv_cache_manager.block_pool
     free, take = pool.free_blocks, pool.get_new_blocks
 
     def poison(blocks: Any, *args: Any, **kwargs: Any) -> None:
         blocks = list(blocks)
         for page in blocks:
-            if page.ref_cnt == 1 and not page.is_null:
-                cache[page.block_id] = torch.nan
+            if page.ref_cnt == 1 and page.block_hash is None and not page.is_null:
+                for cache in caches:
+                    cache[page.block_id] = torch.nan
         free(blocks, *args, **kwargs)
 
     def clean(*args: Any, **kwargs: Any) -> Any:
         pages = take(*args, **kwargs)
         for page in pages:
-            cache[page.block_id] = 0
+            for cache in caches:
+                cache[page.block_id] = 0
         return pages
 
     pool.free_blocks, pool.get_new_blocks = poison, clean

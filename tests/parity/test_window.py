@@ -1,0 +1,85 @@
+"""Decisions from a window (version 2): exact with prompts in chunks and with prefixes from the cache."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.models import routed_checkpoint
+
+from .harness import (
+    assert_equals_reference,
+    assert_same,
+    counter,
+    engine,
+    free_pages,
+    generate,
+    random_prompts,
+    scheduler,
+)
+from .test_pages import TOKEN_BLOCK, _poison_free_pages
+
+LAYERS = [0, 2, 3, 5, 7]
+GRANULARITIES = ["attn_sequence", "mlp_sequence", "block_sequence"]
+BLOCK = 32
+
+
+def _checkpoint(base: Path, tmp_path: Path, granularity: str, window: int, **config: Any) -> Path:
+    return routed_checkpoint(base, tmp_path / "c", granularity, LAYERS, version=2, window=window, **config)
+
+
+def _disagree(decisions: list[dict[int, torch.Tensor]]) -> None:
+    """A test means something only where requests decide differently."""
+    kept = torch.stack([torch.cat([d[layer].flatten() for layer in LAYERS]) for d in decisions]).float()
+    assert 0.1 < kept.mean() < 0.9
+    assert len(kept.unique(dim=0)) > 2
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("window", [1, 24, 32, 64, 4096])
+def test_chunks_and_cached_prefixes(base: Path, tmp_path: Path, granularity: str, window: int) -> None:
+    """Prompts of every length around the window, in chunks that cut it; then again, found in the cache."""
+    checkpoint = _checkpoint(base, tmp_path, granularity, window)
+    prompts = random_prompts((1, 23, 24, 25, 31, 32, 33, 63, 64, 65, 100, 200, 128))
+    prompts += [prompts[-1][:96] + p for p in prompts[:3]]  # they share their first blocks
+    with engine(checkpoint, max_num_batched_tokens=48, max_num_seqs=8, enable_prefix_caching=True) as llm:
+        settings = llm.llm_engine.vllm_config
+        assert settings.scheduler_config.enable_chunked_prefill and settings.cache_config.enable_prefix_caching
+        assert settings.scheduler_config.max_num_batched_tokens == 48
+        _poison_free_pages(llm)
+        free = free_pages(llm)
+        first = generate(llm, prompts)
+        before = counter(llm, "vllm:prefix_cache_hits")
+        again = generate(llm, prompts)
+        assert counter(llm, "vllm:prefix_cache_hits") - before > sum(map(len, prompts)) / 2
+        assert free_pages(llm) == free
+    decisions = assert_equals_reference(checkpoint, prompts, first)
+    assert_same(first, again)
+    _disagree(decisions)
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "block_sequence"])
+def test_one_token_per_step(base: Path, tmp_path: Path, granularity: str) -> None:
+    checkpoint = _checkpoint(base, tmp_path, granularity, 24)
+    prompts = random_prompts((1, 23, 24, 25, 40, 70))
+    with engine(checkpoint, max_num_batched_tokens=16, long_prefill_token_threshold=1) as llm:
+        answers = generate(llm, prompts, 12)
+    assert_equals_reference(checkpoint, prompts, answers)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("window", [24, 4096])
+def test_preemption(base: Path, tmp_path: Path, granularity: str, window: int) -> None:
+    """A pool so small that requests are preempted and pages change hands, cached ones, too."""
+    checkpoint = _checkpoint(base, tmp_path, granularity, window)
+    prompts = random_prompts((30, 60, 25, 90, 31, 64, 10, 50, 40, 20), seed=1)
+    with engine(checkpoint, kv_cache_memory_bytes=14 * TOKEN_BLOCK, max_num_seqs=8, max_num_batched_tokens=64) as llm:
+        _poison_free_pages(llm)
+        free = free_pages(llm)
+        answers = generate(llm, prompts, 80)
+        assert counter(llm, "vllm:num_preemptions") > 0
+        assert free_pages(llm) == free
+        manager = scheduler(llm).kv_cache_manager.coordinator.single_type_managers[0]
+        assert not manager._live and not manager._by_serial
+    _disagree(assert_equals_reference(checkpoint, prompts, answers))
