@@ -95,8 +95,9 @@ class DecodeStep:
             own = metadata[name] = copy.copy(shared)
             slots[name] = self.buffers.slots[index, : self.rows]
             own.block_table = self.buffers.tables[self.buffers.page_columns_host[index], : self.rows]
-            own.seq_lens = self.buffers.seq_lens[index, : self.rows]
-            own.scheduler_metadata = None  # made for other lengths; kernels schedule themselves without it
+            if self.buffers.columns_host[index] >= 0:
+                own.seq_lens = self.buffers.seq_lens[index, : self.rows]
+                own.scheduler_metadata = None  # made for other lengths; kernels schedule themselves without it
         return metadata, slots
 
     def decide(self, route: Route, x: Tensor) -> Tensor:

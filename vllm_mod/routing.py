@@ -20,7 +20,7 @@ from .sequences import SequenceDecisions, SequenceState, decided_in_graph
 from .stats import RoutingCounts
 from .step import Decisions, Route, Step
 from .tables import Layout, PageTables
-from .tokens import ExpertDecisions, PackedDecisions, PackedState, TokenDecisions
+from .tokens import PackedDecisions, PackedState, TokenDecisions
 
 #: Seconds between two readings of counters that are on a GPU.
 COUNTS_EVERY = 1.0
@@ -131,7 +131,7 @@ class Routing:
             return SequenceDecisions(step, self._state, self.dense_window, self.columns, self._report_size)
         if isinstance(self._state, PackedState):
             return PackedDecisions(step, counts, self._state)
-        return (ExpertDecisions if self.by_experts else TokenDecisions)(step, counts)
+        return TokenDecisions(step, counts)
 
     def _close(self, step: Step) -> None:
         if isinstance(step.decisions, SequenceDecisions):

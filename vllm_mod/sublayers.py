@@ -83,7 +83,10 @@ class _Routed:
 
     def _compact(self, step: Step | None, output: Tensor, *inputs: Tensor) -> None:
         x = inputs[-1]
-        kept = ALL if step is None else step.kept(self.route, x, self.with_attention, self.routing.whole_block)
+        if step is None or self.routing.by_experts:  # each expert decides, see `experts`
+            kept = ALL
+        else:
+            kept = step.kept(self.route, x, self.with_attention, self.routing.whole_block)
         if kept.all:
             output.copy_(self.stock_forward(*inputs))  # type: ignore[attr-defined]
             self._reduce(output)

@@ -94,10 +94,3 @@ class PackedDecisions(TokenDecisions):
 
     def close(self) -> None:
         self._state.stored[self._step.slots] = self._stored.int().to(self._state.stored.device)
-
-
-class ExpertDecisions(TokenDecisions):
-    """Experts decide, see `experts`: every row goes to the MoE layer."""
-
-    def kept(self, route: Route, x: Tensor, with_attention: bool) -> Kept:
-        return ALL

@@ -144,7 +144,7 @@ def replayed_decode(llm: Any, rows: int, replays: list[int]) -> Iterator[None]:
     routing.static_decode = True
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        step = routing._step
+        step = routing._latest.decode
         if step is None or step.rows != rows:
             return forward(*args, **kwargs)
         if not recorded:
@@ -159,8 +159,7 @@ def replayed_decode(llm: Any, rows: int, replays: list[int]) -> Iterator[None]:
         """CPU kernels need a schedule for the lengths of each step; it is made inside of what is recorded."""
         metadata, slots = original(self, *args)
         for name in metadata:
-            own = name in self.buffers.layers
-            metadata[name] = self.rebuilt(name) if own else self.batch.build(self._cm)
+            metadata[name] = self.rebuilt(name) if name in self.buffers.layers else self._build(self._cm)
         return metadata, slots
 
     def transparent(kind: Any) -> Any:

@@ -1,5 +1,6 @@
 """Decisions from a window (version 2): exact with prompts in chunks and with prefixes from the cache."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from .harness import (
     random_prompts,
     scheduler,
 )
+from .test_decode import static_decode
 from .test_pages import TOKEN_BLOCK, _poison_free_pages
 
 LAYERS = [0, 2, 3, 5, 7]
 GRANULARITIES = ["attn_sequence", "mlp_sequence", "block_sequence"]
-BLOCK = 32
 
 
 def _checkpoint(base: Path, tmp_path: Path, granularity: str, window: int, **config: Any) -> Path:
@@ -59,13 +60,24 @@ def test_chunks_and_cached_prefixes(base: Path, tmp_path: Path, granularity: str
     _disagree(decisions)
 
 
-@pytest.mark.parametrize("granularity", ["attn_sequence", "block_sequence"])
-def test_one_token_per_step(base: Path, tmp_path: Path, granularity: str) -> None:
-    checkpoint = _checkpoint(base, tmp_path, granularity, 24)
-    prompts = random_prompts((1, 23, 24, 25, 40, 70))
-    with engine(checkpoint, max_num_batched_tokens=16, long_prefill_token_threshold=1) as llm:
-        answers = generate(llm, prompts, 12)
-    assert_equals_reference(checkpoint, prompts, answers)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("static", [False, True], ids=["compact", "static"])
+def test_one_token_per_step(base: Path, tmp_path: Path, granularity: str, static: bool) -> None:
+    """Every token of a prompt is a decode step to vLLM; `static`: at static shapes, as in a FULL CUDA graph."""
+    checkpoint = _checkpoint(base, tmp_path, granularity, 40)
+    prompts, checked = random_prompts((1, 39, 40, 41, 65, 80)), []  # type: ignore[var-annotated]
+    options = {"max_num_batched_tokens": 16, "long_prefill_token_threshold": 1}
+    with engine(checkpoint, **options) as llm, static_decode(llm, checked) if static else nullcontext():
+        first = generate(llm, prompts, 12)
+        before = counter(llm, "vllm:prefix_cache_hits")
+        again = generate(llm, prompts, 12)
+        assert counter(llm, "vllm:prefix_cache_hits") > before
+        routed, kept = (counter(llm, f"vllm:mod_{name}") for name in ("routed", "kept"))
+    decisions = assert_equals_reference(checkpoint, prompts, first)
+    assert_same(first, again)
+    assert bool(checked) == static
+    assert routed == 2 * len(prompts) * len(LAYERS)
+    assert kept == 2 * sum(int(d[i]) for d in decisions for i in LAYERS)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

@@ -139,7 +139,7 @@ class PageManager(FullAttentionManager):
         ]
 
     def _pages(self, tracked: Tracked, first: int, last: int) -> int:
-        """pages of token blocks `first` to `last` (exclusive) take; of all layers where a window reaches into them."""
+        """Pages that token blocks `first` to `last` (exclusive) take; all layers' where a window reaches into them."""
         dense = min(self._dense_blocks(tracked), last)
         rest = max(last - max(first, dense), 0)
         return max(dense - first, 0) * self._width + rest * (self._width - len(self.prefix.skipped(tracked)))
