@@ -155,15 +155,18 @@ def _batches(args: CalibrateArguments, config: ModConfig, base: Path) -> tuple[l
 def collate(samples: list[dict[str, Any]], config: ModConfig, batch_size: int) -> list[dict[str, Tensor]]:
     """Batches of similar length, without labels. A sequence-level decision needs the prompt alone, or its window."""
     if config.level == "sequence":
-        lengths = [min(s["prompt_len"], config.window or s["prompt_len"]) for s in samples]
-        samples = [
-            s | {"prompt_len": n} | {k: s[k][:n] for k in ("input_ids", "labels")}
-            for s, n in zip(samples, lengths, strict=True)
-        ]
+        samples = [_deciding(sample, config.window) for sample in samples]
     samples = sorted(samples, key=lambda s: len(s["input_ids"]))
     collator = Collator(0)  # what fills the masked places does not matter
     batches = [collator(samples[i : i + batch_size]) for i in range(0, len(samples), batch_size)]
     return [{name: tensor for name, tensor in batch.items() if name != "labels"} for batch in batches]
+
+
+def _deciding(sample: dict[str, Any], window: int | None) -> dict[str, Any]:
+    """A sample cut to the tokens that decide. Without a prompt all of it is one, as in the reference."""
+    prompt = sample["prompt_len"] or len(sample["input_ids"])
+    length = min(prompt, window or prompt)
+    return sample | {"prompt_len": length} | {key: sample[key][:length] for key in ("input_ids", "labels")}
 
 
 def _load(directory: Path, config: ModConfig, base: Path) -> Any:
