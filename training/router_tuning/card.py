@@ -117,6 +117,7 @@ def _introduction(config: ModConfig) -> str:
     return (
         f"{name} with routers (one linear gate per layer, [Router-Tuning](https://arxiv.org/abs/2410.13184)) in front "
         f"of the {_WHAT[config.target]} of layers {layers}. They decide {_unit(config)}, whether it runs. "
+        f"{'' if config.window is None else 'These tokens always run, all later ones follow the decision. '}"
         f"What is skipped is not computed, and attention that is skipped keeps no KV cache. {_patch(config)}"
     ).rstrip()
 
@@ -126,10 +127,7 @@ def _unit(config: ModConfig) -> str:
         return "per token"
     if config.window is None:
         return "per request, from the mean over its prompt"
-    return (
-        f"per request, from the mean over the first {config.window} tokens of its prompt (which always run; "
-        "what follows them, and what is generated, is decided on)"
-    )
+    return f"per request, from the mean over the first {config.window} tokens of its prompt"
 
 
 def _patch(config: ModConfig) -> str:

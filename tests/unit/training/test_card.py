@@ -128,7 +128,7 @@ def test_window_patch_and_cutoffs_are_explained(tmp_path):
     point = {"target": 0.75, "kept": 0.7503, "cutoff": [40.4, -3]}
     write_json(directory / "calibration.json", {"samples": 100, "operating_points": [point]})
     text = card_of(directory).content
-    assert "from the mean over the first 64 tokens of its prompt (which always run;" in text
+    assert "per request, from the mean over the first 64 tokens of its prompt, whether it runs. These tokens" in text
     assert "a patch is added: a linear map of rank 8 of its input and a bias." in text
     assert "| layer | cutoff |" in text and "| 1 | 40.5 |" in text and "| 2 | -2 |" in text
     assert """| 0.75 | 0.7503 | `"vllm_xargs": {"mod_kept": 0.75}` |""" in text
