@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -221,7 +222,8 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def _save_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
-    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    # Copies, because layers may share a tensor or be views of one, which safetensors refuses.
+    tensors = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
     save_file(tensors, directory / ROUTERS_FILE, metadata={"format": "pt"})
     (directory / ROUTERS_FILE).chmod(0o644)  # safetensors leaves 0600: nobody else could serve the checkpoint
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from .schema import ConfigError as ConfigError
 from .schema import Strict
@@ -39,6 +40,16 @@ ARCHITECTURES: dict[str, str] = {
 }
 
 
+def _numbers(value: Any, check: Callable[[float], None]) -> float | tuple[float, ...]:
+    """One number, or one per layer, each of them checked."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    for v in values:
+        if type(v) not in (int, float):  # to Python, True is a number
+            raise ValueError("a number, or a list with one number per entry of 'layers', is needed")
+        check(v)
+    return tuple(map(float, value)) if isinstance(value, (list, tuple)) else float(value)
+
+
 def _check_threshold(value: float) -> None:
     if not 0.0 <= value <= 1.0:  # also refuses NaN
         raise ValueError("a threshold is a number from 0 (keep everything) to 1 (skip everything)")
@@ -53,14 +64,9 @@ def _check_cutoff(value: float) -> None:
         raise ValueError("a cutoff is a finite number; to keep or skip everything give 'threshold' 0 or 1")
 
 
-def _numbers(value: Any, check: Callable[[float], None]) -> float | tuple[float, ...]:
-    """One number, or one per layer, each of them checked."""
-    values = value if isinstance(value, (list, tuple)) else [value]
-    for v in values:
-        if type(v) not in (int, float):  # to Python, True is a number
-            raise ValueError("a number, or a list with one number per entry of 'layers', is needed")
-        check(v)
-    return tuple(map(float, value)) if isinstance(value, (list, tuple)) else float(value)
+#: One number for all routed layers, or one for each.
+Thresholds = Annotated[float | tuple[float, ...], BeforeValidator(partial(_numbers, check=_check_threshold))]
+Cutoffs = Annotated[float | tuple[float, ...], BeforeValidator(partial(_numbers, check=_check_cutoff))]
 
 
 class PatchConfig(Strict):
@@ -75,10 +81,10 @@ class ModConfig(Strict):
     version: Literal[1, 2] = Field(description="schema version of this object; 2 for cutoff, window and patch")
     granularity: Granularity = Field(description="'<target>_<level>': what is skipped, and per what")
     layers: tuple[int, ...] = Field(strict=False, description="routed decoder layers, ascending")
-    threshold: float | tuple[float, ...] | None = Field(
+    threshold: Thresholds | None = Field(
         0.5, description="keep where sigmoid(score) >= threshold; one number, or one per layer; None beside a cutoff"
     )
-    cutoff: float | tuple[float, ...] | None = Field(
+    cutoff: Cutoffs | None = Field(
         None, description="in place of threshold: keep where score >= cutoff; one number, or one per layer"
     )
     window: int | None = Field(
@@ -124,16 +130,6 @@ class ModConfig(Strict):
         if list(layers) != sorted(layers):
             raise ValueError("layers must ascend")
         return tuple(layers)
-
-    @field_validator("threshold", mode="before")
-    @classmethod
-    def _threshold(cls, value: Any) -> Any:
-        return None if value is None else _numbers(value, _check_threshold)
-
-    @field_validator("cutoff", mode="before")
-    @classmethod
-    def _cutoff(cls, value: Any) -> Any:
-        return None if value is None else _numbers(value, _check_cutoff)
 
     @field_validator("window", mode="before")
     @classmethod
@@ -285,6 +281,11 @@ def logit(p: float) -> float:
     if p >= 1.0:
         return math.inf
     return math.log(p / (1.0 - p))
+
+
+def sigmoid(x: float) -> float:
+    """Inverse of `logit`, as well as a float can tell: 1.0 from 37 on."""
+    return 1.0 / (1.0 + math.exp(-x)) if x >= 0 else math.exp(x) / (1.0 + math.exp(x))
 
 
 def default_layers(num_layers: int) -> list[int]:

@@ -17,7 +17,7 @@ class ConfigError(ValueError):
 class Strict(BaseModel):
     """An object whose unknown keys and wrong types are errors."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     @classmethod
     def parse(cls, data: Any, where: str) -> Self:

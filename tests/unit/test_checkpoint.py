@@ -85,6 +85,13 @@ class TestWrite:
         assert back.keys() == {2, 4}
         assert all(torch.equal(back[i], w) and back[i].dtype == dtype for i, w in routers(dtype=dtype).items())
 
+    def test_layers_may_share_memory(self, tmp_path):
+        one = torch.ones(3, 8)
+        shared, views = dict.fromkeys((2, 4), one[:1]), {2: one[1:2], 4: one[:, :8].T.reshape(8, 3).T[2:]}
+        for number, weights in enumerate((shared, views)):
+            out = write_routers(tmp_path / str(number), mod_config(), weights)
+            assert all(torch.equal(w, torch.ones(1, 8)) for w in read_routers(out, mod_config(), SHAPE).values())
+
     def test_router_only_directory(self, tmp_path):
         out = write_routers(tmp_path / "deep" / "routers", mod_config(threshold=[0.4, 0.6]), routers())
         assert tree(out) == [ROUTER_CONFIG_FILE, ROUTERS_FILE]

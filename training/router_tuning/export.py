@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from vllm_mod.checkpoint import BaseShape, read_json, read_mod_config, read_routers, write_checkpoint
+from vllm_mod.calibration import CALIBRATION_FILE, read_calibration
+from vllm_mod.checkpoint import (
+    BaseShape,
+    read_json,
+    read_mod_config,
+    read_patches,
+    read_routers,
+    write_checkpoint,
+)
 from vllm_mod.config import ConfigError, ModConfig, mod_architecture
+from vllm_mod.tensors import Patch
 
 from . import card
 from .arguments import ExportArguments, check_output, make_mod_config
@@ -50,22 +61,40 @@ def export(args: ExportArguments, records: dict[str, str] | None = None) -> Path
     check_output(args.output)
     base = local_model(args.model)
     shape = base_shape(base)
-    config, routers, folders = _parts(args, base, shape)
-    output = write_checkpoint(base, args.output, config, routers, records, folders)
+    parts = _parts(args, base, shape)
+    records = {**(records or {}), **parts.records}
+    output = write_checkpoint(base, args.output, parts.config, parts.routers, records, parts.folders, parts.patches)
     card.write(output)
     return output
 
 
-def _parts(
-    args: ExportArguments, base: Path, shape: BaseShape
-) -> tuple[ModConfig, dict[int, Tensor], dict[str, Path]]:  # fmt: skip
-    """What is routed, by which weights (none for a static granularity), and the adapter they were trained with."""
+@dataclass(frozen=True)
+class Parts:
+    """What a checkpoint has beside its base: see `write_checkpoint`."""
+
+    config: ModConfig
+    routers: Mapping[int, Tensor] = field(default_factory=dict)
+    patches: Mapping[int, Patch] = field(default_factory=dict)
+    folders: Mapping[str, Path] = field(default_factory=dict)
+    records: Mapping[str, str] = field(default_factory=dict)
+
+
+def _parts(args: ExportArguments, base: Path, shape: BaseShape) -> Parts:
+    """What is routed, by which tensors, and what belongs to them: the adapter they were trained with, their table."""
     if args.routers is None or args.drop_attention is not None:
-        return _static_config(args, base, shape), {}, {}
+        if args.window != "none":
+            raise ConfigError("--window is for routers that decide per sequence; pass --routers, or drop it")
+        return Parts(_static_config(args, base, shape))
     directory = local_model(args.routers)
     config = _router_config(directory, args, shape)
-    adapter = {ADAPTER_DIR: directory / ADAPTER_DIR} if (directory / ADAPTER_DIR).is_dir() else {}
-    return config, read_routers(directory, config, shape), adapter
+    table = read_calibration(directory, config)
+    return Parts(
+        config,
+        read_routers(directory, config, shape),
+        read_patches(directory, config, shape),
+        folders={ADAPTER_DIR: directory / ADAPTER_DIR} if (directory / ADAPTER_DIR).is_dir() else {},
+        records={CALIBRATION_FILE: json.dumps(table.to_dict(), indent=2, ensure_ascii=False) + "\n"} if table else {},
+    )
 
 
 def _static_config(args: ExportArguments, base: Path, shape: BaseShape) -> ModConfig:
@@ -108,8 +137,8 @@ def skip_lists(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _router_config(directory: Path, args: ExportArguments, shape: BaseShape) -> ModConfig:
     """What the router directory says; the flags only where it says nothing (the authors' own router files)."""
     if any((directory / name).is_file() for name in ("mod_config.json", "config.json")):
-        if args.granularity is not None or args.layers is not None:
-            raise ConfigError(f"{directory}: says itself what it routes; drop --granularity and --layers")
+        if args.granularity is not None or args.layers is not None or args.window != "none":
+            raise ConfigError(f"{directory}: says itself what it routes; drop --granularity, --layers and --window")
         return read_mod_config(directory)
     if args.granularity is None:
         raise ConfigError(f"{directory}: no mod_config.json; say what the routers are for with --granularity, --layers")

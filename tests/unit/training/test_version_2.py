@@ -183,6 +183,20 @@ def test_patches_learn_with_the_routers(granularity, checkpointing):
                 assert parameter.grad.abs().sum() > 0, name
 
 
+def test_patches_learn_alone():
+    """As in distillation: the routers are finished, and hard decisions need no estimator."""
+    model = routed("block_token", random_routers(), random_patches(2))
+    freeze_base(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("patch" in name)
+    with torch.no_grad():
+        teacher = make_llama()(torch.tensor([IDS])).logits
+    with routing(model, torch.ones(1, PROMPT, dtype=torch.bool)):
+        (model(torch.tensor([IDS])).logits - teacher).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None and parameter.grad.abs().sum() > 0) == ("patch" in name), name
+
+
 def test_the_gate_is_worth_what_the_sublayer_adds_beyond_the_patch():
     """d loss / d gate = (F(x) - P(x)) . d loss / d output, from the tokens behind the window alone."""
     model = routed("mlp_sequence", random_routers(), random_patches(2), window=4, threshold=1.0)
