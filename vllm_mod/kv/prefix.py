@@ -81,7 +81,7 @@ class PrefixCache:
                 tracked.waits = True
                 break
             found.append(cached)
-        if len(found) == inside < longest and self._decide(tracked, hashes):
+        if len(found) == inside and self._decide(tracked, hashes, found):
             decided = key_of(tracked)
             for block in range(inside, longest):
                 if (cached := self._at(decided + hashes[block])) is None:
@@ -99,12 +99,14 @@ class PrefixCache:
         cached = self._by_lead.get(blocks[0].block_id) if blocks else None
         return cached if cached is not None and cached.has([self._lead]) else None
 
-    def _decide(self, tracked: Tracked, hashes: Sequence[Any]) -> bool:
+    def _decide(self, tracked: Tracked, hashes: Sequence[Any], found: list[CachedBlock]) -> bool:
         """Are its decisions known? They are taken here if all tokens of its window are cached, with their scores."""
         if tracked.keep is not None:
             return True
         last = (self._window - 1) // self._size
-        cached = self._window_ends.get(hashes[last]) if self._window <= tracked.prompt_len else None
+        if tracked.window_end < self._window or last >= len(hashes):
+            return False
+        cached = found[last] if last < len(found) else self._window_ends.get(hashes[last])
         if cached is None:
             return False
         if not cached.has([self._lead]):
