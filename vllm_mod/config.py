@@ -242,6 +242,40 @@ class ModConfig(Strict):
         return data
 
 
+class UnderLoad(Strict):
+    """Depth under load: the busier the engine is when a request is admitted, the less it keeps.
+
+    The load is 0 below and 1 above each pair of bounds, linear between them; the larger of the two counts.
+    """
+
+    kept: float = Field(ge=0, le=1, description="kept ratio at full load, by the calibrated table")
+    kv_usage: tuple[float, float] = Field((0.5, 0.9), strict=False, description="share of KV pages in use: from, to")
+    waiting: tuple[int, int] = Field((0, 16), strict=False, description="requests that wait before it: from, to")
+    levels: int = Field(4, ge=1, le=100, description="steps from full depth to `kept`; few: prefixes are shared")
+
+    @model_validator(mode="after")
+    def _ascending(self) -> UnderLoad:
+        for key in ("kv_usage", "waiting"):
+            low, high = getattr(self, key)
+            if not 0 <= low < high:
+                raise ValueError(f"key '{key}': two ascending numbers are needed (got {low}, {high})")
+        return self
+
+    @property
+    def ratios(self) -> list[float]:
+        """Kept ratio of each level, from full depth down."""
+        return [1.0 - level / self.levels * (1.0 - self.kept) for level in range(self.levels + 1)]
+
+    def kept_at(self, kv_usage: float, waiting: int) -> float:
+        """The kept ratio of a request that is admitted now."""
+        load = max(_share(kv_usage, *self.kv_usage), _share(waiting, *self.waiting))
+        return self.ratios[math.ceil(load * self.levels)]
+
+
+def _share(value: float, low: float, high: float) -> float:
+    return min(max((value - low) / (high - low), 0.0), 1.0)
+
+
 class EngineKnobs(Strict):
     """`--additional-config '{"mod": {...}}'`."""
 
@@ -250,6 +284,7 @@ class EngineKnobs(Strict):
     )
     force: Literal["keep", "skip"] | None = Field(None, description="every router answers that")
     kv_reclaim: bool = Field(True, description="give back the KV pages of skipped layers")
+    under_load: UnderLoad | None = Field(None, description="admit requests with fewer layers while the engine is busy")
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> EngineKnobs:
@@ -258,12 +293,20 @@ class EngineKnobs(Strict):
 
     def apply(self, config: ModConfig) -> ModConfig:
         """The checkpoint's config with this engine's thresholds; raises ConfigError."""
-        if config.is_static:
-            if self.threshold is not None or self.force is not None:
+        where = "--additional-config: mod"
+        if config.is_static and (self.threshold is not None or self.force is not None):
+            raise ConfigError(
+                f"{where}: 'threshold' and 'force' need routers, and a {config.granularity} checkpoint has none"
+            )
+        if self.under_load is not None:
+            if config.window is None:
                 raise ConfigError(
-                    "--additional-config: mod: 'threshold' and 'force' need routers, "
-                    f"and a {config.granularity} checkpoint has none"
+                    f"{where}: 'under_load' needs a decision window (key 'window' of mod_config): without one a single "
+                    "request has no dial"
                 )
+            if self.force is not None:
+                raise ConfigError(f"{where}: 'force' answers for every request: 'under_load' has no effect; drop one")
+        if config.is_static:
             return config
         if self.force is not None:
             threshold: Any = 0.0 if self.force == "keep" else 1.0
@@ -271,7 +314,7 @@ class EngineKnobs(Strict):
             threshold = self.threshold
         else:
             return config
-        return config.with_threshold(threshold, "--additional-config: mod")
+        return config.with_threshold(threshold, where)
 
 
 def logit(p: float) -> float:

@@ -14,6 +14,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from .checkpoint import BaseShape, num_experts_of, read_routers
 from .config import ConfigError, ModConfig
 from .plan import plan_of
+from .request_check import check_requests
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -49,13 +50,17 @@ class MoDEngineConfig(VerifyAndUpdateConfig):
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
         cls.base.verify_and_update_config(vllm_config)
         check_version()
-        config = plan_of(vllm_config).config
+        plan = plan_of(vllm_config)
+        config = plan.config
         check_routers(vllm_config, config)
         if experts_without_adapters(vllm_config):
             _leave_out_experts(vllm_config)
         if not config.is_static:
             refuse_what_cannot_work(vllm_config, config)
             make_settings(vllm_config, config)
+        # Neither pooling models nor speculative decoding take custom logits processors; none of them has a dial.
+        if vllm_config.model_config.runner_type == "generate" and vllm_config.speculative_config is None:
+            check_requests(vllm_config.model_config, plan)
         log_routing(vllm_config, config)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from .calibration import CALIBRATION_FILE, Calibration, read_calibration
 from .checkpoint import BaseShape
-from .config import ConfigError, EngineKnobs, ModConfig
+from .config import ConfigError, EngineKnobs, ModConfig, UnderLoad
 
 
 @dataclass(frozen=True)
@@ -14,17 +16,50 @@ class Plan:
     config: ModConfig  #: the checkpoint's, with the engine's knobs applied
     knobs: EngineKnobs
     shape: BaseShape
+    table: Calibration | None  #: from kept ratios to cutoffs; None where the checkpoint was never calibrated
 
 
 def plan_of(vllm_config: Any) -> Plan:
     """Raises ConfigError."""
-    hf_config = vllm_config.model_config.hf_text_config
-    where = f"{vllm_config.model_config.model}/config.json: mod_config"
-    data = getattr(hf_config, "mod_config", None)
+    model = vllm_config.model_config
+    where = f"{model.model}/config.json: mod_config"
+    data = getattr(model.hf_text_config, "mod_config", None)
     if data is None:
-        raise ConfigError(f"{where} is missing; architecture {hf_config.architectures} needs it")
-    config: ModConfig = ModConfig.parse(data, where)
-    shape = BaseShape.of(hf_config.to_dict(), where)
-    config.check_fits(shape.num_layers, shape.num_experts, shape.dense_layers)
+        raise ConfigError(f"{where} is missing; architecture {model.hf_text_config.architectures} needs it")
+    stored: ModConfig = ModConfig.parse(data, where)
+    shape = BaseShape.of(model.hf_text_config.to_dict(), where)
+    stored.check_fits(shape.num_layers, shape.num_experts, shape.dense_layers)
     knobs = EngineKnobs.from_additional_config(vllm_config.additional_config)
-    return Plan(knobs.apply(config), knobs, shape)
+    config = knobs.apply(stored)
+    table = _table(model, stored)
+    if knobs.under_load is not None:
+        _check_table(table, knobs.under_load, len(config.layers))
+    return Plan(config, knobs, shape, table)
+
+
+def _table(model: Any, config: ModConfig) -> Calibration | None:
+    """Of a local checkpoint, or of one from the hub."""
+    if Path(model.model).is_dir():
+        return read_calibration(model.model, config)
+    if config.window is None:  # nobody will ask
+        return None
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = hf_hub_download(model.model, CALIBRATION_FILE, revision=model.revision)
+    except Exception:  # there is none, or no network: the same to whoever asks for a kept ratio
+        return None
+    return read_calibration(Path(path).parent, config)
+
+
+def _check_table(table: Calibration | None, policy: UnderLoad, layers: int) -> None:
+    if table is None:
+        raise ConfigError(
+            f"--additional-config: mod: 'under_load' needs the checkpoint's calibrated table ({CALIBRATION_FILE}); "
+            "make one with `router-tuning calibrate`"
+        )
+    try:
+        for kept in policy.ratios:
+            table.cutoffs_at(kept, layers)
+    except ConfigError as error:
+        raise ConfigError(f"--additional-config: mod: under_load: {error}") from None

@@ -44,9 +44,10 @@ class MoDStats(KVConnectorStats):
 
     - `kept`, `routed`: `{layer: n}`
     - `kv`: `pages_freed` early, `messages_ignored`; `bytes` held and `tokens` they are for, summed over reports
+    - `dials`: requests admitted by a dial, their own or the load's: `{"load: kept=0.75": n}`
     """
 
-    KEYS = ("kept", "routed", "kv")
+    KEYS = ("kept", "routed", "kv", "dials")
 
     def __post_init__(self) -> None:
         for key in self.KEYS:
@@ -68,7 +69,7 @@ class MoDStats(KVConnectorStats):
 
     def reduce(self) -> dict[str, int | float | str]:
         """What vLLM's periodic log line shows; only what there is to say."""
-        kept, routed, kv = (self.data[key] for key in self.KEYS)
+        kept, routed, kv, _ = (self.data[key] for key in self.KEYS)
         line: dict[str, int | float | str] = {}
         if routed:
             line["MoD kept"] = f"{sum(kept.values()) / sum(routed.values()):.1%}"
@@ -101,6 +102,11 @@ class MoDPromMetrics(KVConnectorPromMetrics):
                 ("messages_ignored", "messages_ignored", "Decisions that arrived after their request had ended."),
             )
         }
+        self._dials = self._counter_cls(
+            name="vllm:mod_dial",
+            documentation="Requests admitted by a dial: their own (request: ...) or the load policy's (load: ...).",
+            labelnames=[*labelnames, "dial"],
+        )
         self._bytes_per_token = self._gauge_cls(
             name="vllm:mod_kv_bytes_per_token",
             documentation="KV-cache bytes held per token slot of the running requests, when last they changed.",
@@ -113,6 +119,8 @@ class MoDPromMetrics(KVConnectorPromMetrics):
         for key, counter in self._per_layer.items():
             for layer, number in transfer_stats_data.get(key, {}).items():
                 counter.labels(*labels, layer).inc(number)
+        for dial, number in transfer_stats_data.get("dials", {}).items():
+            self._dials.labels(*labels, dial).inc(number)
         kv = transfer_stats_data.get("kv", {})
         for key, counter in self._of_kv.items():
             counter.labels(*labels).inc(kv.get(key, 0))  # shown from the first report on, be it 0

@@ -16,17 +16,22 @@ vllm.triton_utils.triton, vllm.triton_utils.tl, vllm.triton_utils.HAS_TRITON = t
 
 from vllm_mod import kernels  # noqa: E402
 
-STRIDES = ("table_stride", "state_stride", "stored_stride", "x_stride", "tables_stride_layer", "tables_stride_row")
-TYPES = dict.fromkeys((*STRIDES, "stride_layer", "num_layers", "hidden"), "i32") | {
-    "block_table": "*i32", "seq_lens": "*i32", "columns": "*i32", "tables": "*i32", "layer_seq_lens": "*i32",
-    "stored": "*i32", "layer_slots": "*i64", "slot_mapping": "*i64", "kept_count": "*i64", "state": "*i1",
-    "keep": "*i1", "x": "*bf16", "weight": "*fp32", "scores": "*fp32", "cutoff": "fp32",
+POINTERS = {
+    "*i32": ("block_table", "seq_lens", "columns", "page_columns", "pages", "tables", "layer_seq_lens", "stored",
+             "window_ends"),
+    "*i64": ("layer_slots", "kept_count"),
+    "*i1": ("live", "keep", "state", "known"),
+    "*fp32": ("weight", "scores"),
+    "*fp64": ("cutoffs", "sums"),
+    "*bf16": ("x",),
+    "fp32": ("cutoff",),
 }  # fmt: skip
+TYPES = {name: kind for kind, names in POINTERS.items() for name in names}  # strides and sizes are numbers
 
 
 def compile_kernel(kernel: Any, **constants: Any) -> None:
     names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
+    signature = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in names}
     constexprs = {(names.index(name),): value for name, value in constants.items()}
     binary = triton.compile(ASTSource(kernel, signature, constexprs), target=GPUTarget("cuda", 90, 32))
     assert len(binary.asm["cubin"])
@@ -35,12 +40,15 @@ def compile_kernel(kernel: Any, **constants: Any) -> None:
 
 def main() -> None:
     compile_kernel(kernels._scores_kernel, CHUNK=1024)
-    compile_kernel(kernels._split_pages_kernel, BLOCK_SIZE=16, CHUNK=128)
-    for constant in (-1, 0, 1):
-        for attention in (True, False):
-            flags = {"ATTENTION": attention, "CONSTANT": constant, "CHUNK": 1024}
-            compile_kernel(kernels._decide_prompts_kernel, **flags)
-            compile_kernel(kernels._decide_tokens_kernel, BLOCK_SIZE=16, **flags)
+    for decided, shared in ((True, False), (True, True), (False, True)):
+        flags = {"DECIDED": decided, "SHARED": shared}
+        compile_kernel(kernels._split_pages_kernel, BLOCK_SIZE=16, CHUNK=128, **flags)
+    for attention in (True, False):
+        for dense in (True, False):
+            compile_kernel(kernels._decide_requests_kernel, ATTENTION=attention, DENSE=dense, CHUNK=1024)
+        for constant in (-1, 0, 1):
+            flags = {"ATTENTION": attention, "CONSTANT": constant}
+            compile_kernel(kernels._decide_tokens_kernel, BLOCK_SIZE=16, CHUNK=1024, **flags)
 
 
 if __name__ == "__main__":

@@ -5,89 +5,108 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from vllm.triton_utils import HAS_TRITON
 
+from tests.support.batches import metadata
 from vllm_mod import decode, gate, kernels
+from vllm_mod.decode import DecodeBuffers, DecodeStep
+from vllm_mod.rows import Rows
+from vllm_mod.sequences import SequenceState
+from vllm_mod.step import Route, Router
+from vllm_mod.tables import Layout, PageTables
+from vllm_mod.tokens import PackedState
 
 interpreted = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton, interpreted: see parity/test_v2.py")
 
-ROWS, LAYERS, ROUTED, SIZE, BLOCKS = 6, 5, 3, 4, 7
+ROWS, SLOTS, ROUTED, SIZE, BLOCKS = 7, 9, 3, 4, 7
+NAMES = list("abcde")
+COLUMNS = {"b": 0, "d": 1, "e": 2}  #: routed column of an attention layer
 INF = float("inf")
 
 
-def make(per_request: bool, seed: int) -> tuple[Any, torch.Tensor, torch.Tensor]:
-    """Poisoned buffers, an interleaved block table and sequence lengths; the last row is padding."""
+def make(kind: str, shared: bool, seed: int) -> tuple[DecodeBuffers, DecodeStep]:
+    """Poisoned buffers and a step that has begun; the last row is padding."""
     g = torch.Generator().manual_seed(seed)
-    pages = torch.randperm(ROWS * LAYERS * BLOCKS, generator=g).int() + 1
-    table = torch.full((ROWS, LAYERS * BLOCKS + 3), 10**6, dtype=torch.int32)  # wider than its pages
-    table[:, : LAYERS * BLOCKS] = pages.view(ROWS, -1)
-    lengths = torch.randint(2, SIZE * BLOCKS, (ROWS,), generator=g).int()
-    lengths[1], lengths[2], lengths[3], lengths[-1] = 1, SIZE, SIZE + 1, 0
-    table[-1] = 0
-    state = torch.randint(0, 2, (len(pages) + 1, ROUTED), generator=g)
-    rows = ROWS + 2
-    buffers = SimpleNamespace(
-        block_size=SIZE,
-        per_request=per_request,
-        state=state.bool() if per_request else state.int(),
-        keep=torch.ones(ROUTED, rows, dtype=torch.bool),
-        kept=torch.zeros(ROUTED, dtype=torch.int64),
-        layers=list("abcde"),
-        columns=torch.tensor([-1, 0, -1, 1, 2], dtype=torch.int32),
-        seq_lens=torch.full((LAYERS, rows), -7, dtype=torch.int32),
-        slots=torch.full((LAYERS, rows), -7, dtype=torch.int64),
-        tables=torch.full((LAYERS, rows, BLOCKS), -7, dtype=torch.int32),
-    )
-    kept = buffers.state[table[:, 0].long()].bool() | (lengths == 1)[:, None]
-    buffers.keep[:, :ROWS] = kept.T
-    return buffers, table, lengths
+    cpu = torch.device("cpu")
+    tables = PageTables(Layout(NAMES, [0] * 5 if shared else list(range(5))), SLOTS, BLOCKS, cpu)
+    tables.pages[:, 1:] = torch.randint(1, 99, tables.pages[:, 1:].shape, generator=g, dtype=torch.int32)
+    state: Any = PackedState(ROUTED, SLOTS, cpu)
+    state.stored[1:] = torch.randint(0, SIZE * BLOCKS - 1, (SLOTS - 1, ROUTED), generator=g).int()
+    if kind != "tokens":
+        state = SequenceState([0.3, -INF, INF], SLOTS, cpu)
+        state.keep[1:] = torch.rand(SLOTS - 1, ROUTED, generator=g) < 0.5
+        state.known_device[1:] = torch.rand(SLOTS - 1, generator=g) < 0.3
+        state.window_ends_device[1:] = torch.randint(1, 12, (SLOTS - 1,), generator=g).int()
+        state.sums[1:] = torch.randn(SLOTS - 1, ROUTED, generator=g, dtype=torch.float64)
+        state.cutoffs[4:] = torch.tensor([INF, 0.1, -INF])  # dials
+    routes = [Route(i, COLUMNS[name], Router(8), 0.0, kv_layer=name) for i, name in enumerate(COLUMNS)]
+    buffers = DecodeBuffers(routes, ROUTED, state, tables, SIZE, ROWS + 2, kind == "window", cpu)
+    for buffer in (buffers.keep, buffers.live, buffers.seq_lens, buffers.slots, buffers.tables):
+        buffer.copy_(torch.randint(0, 2, buffer.shape, generator=g) if buffer.dtype == torch.bool else buffer - 7)
+    slots = torch.randperm(SLOTS - 1, generator=g)[:ROWS] + 1
+    ends = torch.randint(1, 12, (ROWS,), generator=g)
+    if kind != "tokens":  # some at the end of their window, some inside
+        ends[:4] = state.window_ends_device[slots[:4]]
+        state.known_device[slots[:2]] = False
+    requests = [(int(slot), int(end) - 1, 1) for slot, end in zip(slots, ends, strict=True)]
+    rows = Rows(metadata(requests[:-1], padded_requests=1), lambda cm: cm)
+    rows.cm.seq_lens[-1] = 1  # a runner's padding may say anything
+    step = DecodeStep(buffers, rows)
+    assert not buffers.live[:ROWS].any() and (buffers.slots[:, :ROWS] == -1).all()
+    return buffers, step
 
 
 @interpreted
-@pytest.mark.parametrize("seed", range(3))
-def test_split_pages(seed: int) -> None:
-    plain, table, lengths = make(True, seed)
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kind", ["prompt", "window", "tokens"])
+def test_split_pages(kind: str, shared: bool, seed: int) -> None:
+    plain, step = make(kind, shared, seed)
+    step.begin()
     triton = copy.deepcopy(plain)
-    decode.split_pages(plain, table, lengths)
-    kernels.split_pages(triton, table, lengths)
+    for buffers in (plain, triton):
+        buffers.seq_lens[:], buffers.slots[:], buffers.tables[:] = -7, -7, -7
+    decode.split_pages(plain, step.block_table, step.seq_lens)
+    kernels.split_pages(triton, step.block_table, step.seq_lens)
     assert torch.equal(plain.seq_lens, triton.seq_lens)
     assert torch.equal(plain.slots, triton.slots)
-    assert (plain.slots[:, :ROWS] == -1).any() and (plain.slots[:, :ROWS] >= 0).any()
-    for layer in range(LAYERS):
+    assert (plain.slots[:, ROWS - 1] == -1).all() and (plain.slots[:, : ROWS - 1] >= 0).any()
+    for layer, column in enumerate(plain.page_columns_host):
         for row in range(ROWS):  # entries behind a row's last page are never read
             used = -(-int(plain.seq_lens[layer, row]) // SIZE)
-            assert torch.equal(plain.tables[layer, row, :used], triton.tables[layer, row, :used])
+            assert torch.equal(plain.tables[column, row, :used], triton.tables[column, row, :used])
 
 
 @interpreted
 @pytest.mark.parametrize("cutoff", [0.0, 0.3, INF, -INF])
 @pytest.mark.parametrize("index", [None, 3])
-@pytest.mark.parametrize("per_request", [True, False])
-def test_decide(per_request: bool, index: int | None, cutoff: float) -> None:
+@pytest.mark.parametrize("kind", ["prompt", "window", "tokens"])
+def test_decide(kind: str, index: int | None, cutoff: float) -> None:
     hidden, column = 1100, 1  # more than a chunk
-    plain, table, lengths = make(per_request, 5)
-    plain.seq_lens[:], plain.slots[:] = 5, 9  # as `prepare` left them
-    slot_mapping = torch.arange(ROWS)
-    slot_mapping[-1] = -1
-    x = torch.randn(ROWS + 1, hidden, generator=torch.Generator().manual_seed(1))[:ROWS]
-    x[4] = float("nan")  # keeps
-    weight = torch.randn(1, hidden, generator=torch.Generator().manual_seed(2))
-    triton = copy.deepcopy(plain)
-    for function, buffers in ((decode.decide, plain), (kernels.decide, triton)):
-        function(buffers, x, weight, cutoff, column, index, table, lengths, slot_mapping)
-    for name in ("keep", "kept", "seq_lens", "slots", "state"):
-        assert torch.equal(getattr(plain, name), getattr(triton, name)), name
-    keep = plain.keep[column, :ROWS]
-    if not per_request:
-        assert int(plain.kept[column]) == int(keep.sum())
-        if abs(cutoff) != INF:
-            assert 0 < int(keep.sum()) < ROWS - 1
-            assert keep[4]
+    for column in range(ROUTED) if kind != "tokens" else (1,):
+        plain, step = make(kind, False, 5)
+        step.begin()
+        x = torch.randn(ROWS + 1, hidden, generator=torch.Generator().manual_seed(1))[:ROWS] / 30
+        x[1] = float("nan")  # keeps, between the ends of the scale
+        weight = torch.randn(1, hidden, generator=torch.Generator().manual_seed(2))
+        triton = copy.deepcopy(plain)
+        for function, buffers in ((decode.decide, plain), (kernels.decide, triton)):
+            function(buffers, x, weight, cutoff, column, index, step.block_table, step.seq_lens)
+        for name in ("keep", "kept", "seq_lens", "slots"):
+            assert torch.equal(getattr(plain, name), getattr(triton, name)), name
+        if isinstance(plain.state, SequenceState) and isinstance(triton.state, SequenceState):
+            assert torch.equal(plain.state.keep, triton.state.keep)
+            torch.testing.assert_close(plain.state.sums, triton.state.sums, equal_nan=True, rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(plain.state.stored, triton.state.stored)  # type: ignore[union-attr]
+            keep = plain.keep[column, :ROWS]
+            assert int(plain.kept[column]) == int(keep.sum()) and not keep[-1]
+            if abs(cutoff) != INF:
+                assert 0 < int(keep.sum()) < ROWS - 1 and keep[1]
 
 
 @interpreted

@@ -6,24 +6,28 @@ statistics reach the log line and `/metrics`, and whose parameters reach the ans
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
-import numpy as np
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
+from ..admission import Admissions
 from ..mailbox import Mailbox, mailbox_of
 from ..plan import plan_of
 from ..stats import MoDPromMetrics, MoDStats
 from .messages import NewPages, Report, StepMessage
 from .pages import PageManager
+from .tracked import Tracked
 
 
 class MoDConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._plan = plan_of(vllm_config)
+        self._admissions = Admissions(self._plan)
         self._manager: PageManager | None = None  # scheduler: where requests have state on the workers
+        self._dials: Counter[str] = Counter()  # scheduler: requests admitted by a dial since the last report
         self._reported: dict[str, int] = {}  # scheduler: totals at the last report of statistics
         self._mailbox: Mailbox | None = None  # worker
 
@@ -40,12 +44,25 @@ class MoDConnector(KVConnectorBase_V1, SupportsHMA):
         if isinstance(manager, PageManager):
             self._manager = manager
             manager.use_window(self._plan.config.window or 0)
+            manager.admit = self._admit
 
     def on_new_request(self, request: Any) -> None:
         if self._manager is not None:
-            config = self._plan.config
-            cutoffs = config.cutoffs if config.level == "sequence" else ()
-            self._manager.open(request, np.array(cutoffs, np.float64))
+            parameters = request.sampling_params
+            admission = self._admissions.on_arrival(parameters.extra_args if parameters is not None else None)
+            self._manager.open(request, admission.cutoffs, admission.dial)
+
+    def _admit(self, tracked: Tracked) -> None:
+        """It is about to be scheduled for the first time; its own dial wins."""
+        assert self._manager is not None
+        if tracked.dial is None:
+            usage = self._manager.block_pool.get_usage()
+            admission = self._admissions.under_load(usage, self._manager.number_waiting - 1)
+            if admission is not None:
+                tracked.cutoffs, tracked.dial = admission.cutoffs, admission.dial
+        if tracked.dial is not None:
+            label = " ".join(f"{key}={value:g}" for key, value in tracked.dial.items() if key != "by")
+            self._dials[f"{tracked.dial['by']}: {label}"] += 1
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         wait = self._manager is not None and self._manager.must_wait(request.request_id)
@@ -69,7 +86,8 @@ class MoDConnector(KVConnectorBase_V1, SupportsHMA):
             return False, None
         keep, layers = tracked.keep.tolist(), self._plan.config.layers
         skipped = [layer for layer, kept in zip(layers, keep, strict=True) if not kept]
-        return False, {"mod": {"kept_ratio": sum(keep) / len(keep), "skipped_layers": skipped}}
+        said = {"kept_ratio": sum(keep) / len(keep), "skipped_layers": skipped}
+        return False, {"mod": said | ({"dial": tracked.dial} if tracked.dial is not None else {})}
 
     def _scheduler_stats(self) -> MoDStats | None:
         """What has changed since the last report; the worker's counts are added to it by the scheduler."""
@@ -78,11 +96,13 @@ class MoDConnector(KVConnectorBase_V1, SupportsHMA):
             return None
         totals = {"messages_ignored": manager.reports_ignored, "pages_freed": manager.pages_released}
         totals["token_slots"] = manager.token_slots
-        if totals == self._reported:
+        if totals == self._reported and not self._dials:
             return None
         before, self._reported = self._reported, totals
         kv = {key: totals[key] - before.get(key, 0) for key in totals if key != "token_slots"}
-        return MoDStats(data={"kv": kv | {"bytes": manager.bytes_held, "tokens": manager.token_slots}})
+        kv |= {"bytes": manager.bytes_held, "tokens": manager.token_slots}
+        dials, self._dials = dict(self._dials), Counter()
+        return MoDStats(data={"kv": kv, "dials": dials})
 
     # ---- worker
 

@@ -79,11 +79,11 @@ class PageManager(FullAttentionManager):
         self._window = window
         self.prefix = self._prefix_cache()
 
-    def open(self, request: Any, cutoffs: np.ndarray, own: bool = False) -> Tracked:
-        """A request has arrived. cutoffs: float64 `[R]`; own: they are not the checkpoint's."""
+    def open(self, request: Any, cutoffs: np.ndarray, dial: dict[str, Any] | None = None) -> Tracked:
+        """A request has arrived. cutoffs: float64 `[R]`; dial: what they come from, if not from the checkpoint."""
         prompt = request.num_prompt_tokens
         window_end = (min(self._window, prompt) if self._window else prompt) if len(cutoffs) else 0
-        tracked = self._live[request.request_id] = Tracked(request, prompt, window_end, cutoffs, own)
+        tracked = self._live[request.request_id] = Tracked(request, prompt, window_end, cutoffs, dial)
         request.block_hashes = OwnedHashes(request.block_hashes)
         request.block_hashes.owner = tracked
         return tracked
@@ -94,6 +94,11 @@ class PageManager(FullAttentionManager):
         if tracked is not None:
             tracked.closed = True
         return tracked
+
+    @property
+    def number_waiting(self) -> int:
+        """Requests that have no pages: new ones, and preempted ones."""
+        return len(self._live) - (self._number_of_slots - len(self._free_slots))
 
     def must_wait(self, request_id: str) -> bool:
         """Not to be prefilled in this step: what it needs is on its way."""
@@ -279,7 +284,7 @@ class PageManager(FullAttentionManager):
             computed=tracked.found * self.block_size,
             keep=None if tracked.keep is None else tuple(tracked.keep.tolist()),
             sums=None if tracked.found_sums is None else tuple(tracked.found_sums.tolist()),
-            cutoffs=tuple(tracked.cutoffs.tolist()) if tracked.own_cutoffs else None,
+            cutoffs=None if tracked.dial is None else tuple(tracked.cutoffs.tolist()),
             counts=len(tracked.serials) == 1,
         )
 

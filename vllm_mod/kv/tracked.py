@@ -27,7 +27,7 @@ class Tracked:
     #: `D`: tokens its decisions are taken from; 0 where nothing is decided per request
     window_end: int
     cutoffs: np.ndarray  #: float64 `[R]`
-    own_cutoffs: bool = False  #: they differ from the checkpoint's
+    dial: dict[str, Any] | None = None  #: what they come from, if they are not the checkpoint's
     #: bool `[R]`; None until it is decided, then frozen
     keep: np.ndarray | None = None
     #: it has no pages, and its decisions are on their way

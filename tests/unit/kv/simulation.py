@@ -99,12 +99,10 @@ class Simulation:
         number = len(self.routed)
         window_end = min(self.window or len(prompt), len(prompt))
         cutoffs = np.full(number, cutoff)
-        means = [
-            sum(score(i, tuple(prompt[: t + 1])) for t in range(window_end)) / window_end for i in range(number)
-        ]
+        means = [sum(score(i, tuple(prompt[: t + 1])) for t in range(window_end)) / window_end for i in range(number)]
         keep = tuple(mean >= cutoff for mean in means)
         simulated = Simulated(request, cutoffs, answer, keep, window_end)
-        self.manager.open(request, cutoffs, own=cutoff != 0.0)
+        self.manager.open(request, cutoffs, {"by": "request"} if cutoff else None)
         self.waiting.append(simulated)
         return simulated
 
@@ -195,10 +193,10 @@ class Simulation:
             number = len(self.routed)
             simulated.sums = np.array(start.sums if start.sums is not None else np.zeros(number))
             self.serials[start.slot] = start.serial
-        at = 0
-        for slot, first, count in zip(*(a.tolist() for a in (message.pages.slots, message.pages.firsts, message.pages.counts)), strict=True):
+        new, at = message.pages, 0
+        for slot, first, count in zip(new.slots.tolist(), new.firsts.tolist(), new.counts.tolist(), strict=True):
             for block in range(first, first + count):
-                self.tables[slot][block] = message.pages.pages[at]
+                self.tables[slot][block] = new.pages[at]
                 at += 1
         scored = {}
         for simulated, number in scheduled:
@@ -255,14 +253,15 @@ class Simulation:
     # ---- what comes back
 
     def _hear(self, scheduled: list[tuple[Simulated, int]], scored: dict[int, Scored]) -> None:
-        for simulated, number in scheduled:
+        for simulated, _ in scheduled:
             request = simulated.request
-            if request.status is RequestStatus.RUNNING and simulated in self.running:
-                if simulated.computed >= request.num_tokens and request.num_computed_tokens >= request.num_tokens:
-                    request.append_output_token_ids(7 + (simulated.outputs + len(request.prompt_token_ids or ())) % 3)
-                    simulated.outputs += 1
-                    if simulated.outputs >= simulated.answer:
-                        self.end(simulated)
+            if simulated not in self.running or simulated.computed < request.num_tokens:
+                continue
+            if request.num_computed_tokens >= request.num_tokens:
+                request.append_output_token_ids(7 + (simulated.outputs + len(request.prompt_token_ids or ())) % 3)
+                simulated.outputs += 1
+                if simulated.outputs >= simulated.answer:
+                    self.end(simulated)
         for serial, report in scored.items():
             self.manager.hear(serial, report)
 

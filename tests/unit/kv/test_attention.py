@@ -1,4 +1,4 @@
-"""Which models share pages, and which fall back to vLLM's own allocation, with one warning that says why."""
+"""How the KV of models whose requests have state is laid out, and when pages hold all layers, with one warning."""
 
 import logging
 from collections.abc import Iterator
@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 from vllm.model_executor.layers.attention import Attention
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from vllm_mod.kv.attention import PagedAttention, WholeRowAttention, allocate_whole_rows, logger, share_pages
-from vllm_mod.kv.pages import PageSpec
+from vllm_mod.config import ConfigError
+from vllm_mod.kv.attention import PagedAttention, TrackedAttention, logger, track_requests
+from vllm_mod.kv.spec import PageSpec
 
 
 class OtherAttention(Attention):
@@ -54,47 +54,53 @@ def warnings() -> Iterator[list[str]]:
     logger.removeHandler(handler)
 
 
-def test_layers_alias_the_first(warnings: list[str]) -> None:
-    layers = [attention(f"layer.{i}") for i in range(3)]
-    assert share_pages(nn.ModuleList(layers), config()) == ["layer.0", "layer.1", "layer.2"]
+def test_pages_per_layer(warnings: list[str]) -> None:
+    layers = [attention(f"layer.{i}", sliding_window=8 if i else None) for i in range(3)]
+    layout = track_requests(nn.ModuleList(layers), config(), ["layer.1", None], per_layer=True)
+    assert (layout.names, layout.columns, layout.width) == (["layer.0", "layer.1", "layer.2"], [0, 1, 2], 3)
     assert [layer.kv_sharing_target_layer_name for layer in layers] == [None, "layer.0", "layer.0"]
+    assert all(type(layer) is PagedAttention for layer in layers)
     spec = layers[0].get_kv_cache_spec(config())
-    assert isinstance(layers[0], PagedAttention) and isinstance(spec, PageSpec)
-    assert (spec.num_layers, spec.block_size) == (3, 16)
-    assert spec.page_size_bytes == 2 * 16 * 2 * 32 * 2  # K and V, tokens, heads, head size, bfloat16: one layer's
+    assert isinstance(spec, PageSpec)
+    assert (spec.columns, spec.routed, spec.block_size) == (3, (1, -1), 16)
+    assert all(layer.get_kv_cache_spec(config()) == spec for layer in layers)  # a window makes no difference
+    assert not warnings
+
+
+def test_pages_that_hold_all_layers(warnings: list[str]) -> None:
+    layers = [attention(f"layer.{i}") for i in range(3)]
+    layout = track_requests(nn.ModuleList(layers), config(), ["layer.1"], per_layer=False)
+    assert (layout.columns, layout.width) == ([0, 0, 0], 1)
+    assert all(type(layer) is TrackedAttention and layer.kv_sharing_target_layer_name is None for layer in layers)
+    spec = layers[2].get_kv_cache_spec(config())
+    assert isinstance(spec, PageSpec) and (spec.columns, spec.routed) == (1, (-1,))
     assert not warnings
 
 
 @pytest.mark.parametrize(
-    ("changes", "stages", "why"),
+    ("stages", "changes", "why"),
     [
-        ({}, 2, "pipeline parallel"),
-        ({"num_kv_heads": 1}, 1, "KV shapes differ"),
-        ({"head_size_v": 16}, 1, "KV shapes differ"),
-        ({"kv_cache_torch_dtype": torch.uint8}, 1, "KV shapes differ"),
-        ({"kv_sharing_target_layer_name": "layer.0"}, 1, "a kind of its own"),
-        ({"query_quant": object()}, 1, "a kind of its own"),
-        ({"kind": OtherAttention}, 1, "a kind of its own"),
+        (2, {}, "pipeline parallel"),
+        (1, {"kv_sharing_target_layer_name": "layer.0"}, "shares its KV"),
+        (1, {"query_quant": object()}, "quantises queries"),
     ],
 )
-def test_fallback(changes: dict[str, Any], stages: int, why: str, warnings: list[str]) -> None:
+def test_where_pages_per_layer_cannot_work(
+    warnings: list[str], stages: int, changes: dict[str, Any], why: str
+) -> None:  # fmt: skip
     layers = [attention("layer.0"), attention("layer.1", **changes)]
-    targets = [layer.kv_sharing_target_layer_name for layer in layers]
-    assert share_pages(nn.ModuleList(layers), config(stages)) is None
-    assert [layer.kv_sharing_target_layer_name for layer in layers] == targets
-    assert not any(isinstance(layer, PagedAttention) for layer in layers)
-    [warning] = warnings
-    assert "kv_reclaim" in warning and why in warning
+    assert track_requests(nn.ModuleList(layers), config(stages), ["layer.1"], per_layer=True).width == 1
+    assert len(warnings) == 1 and why in warnings[0] and warnings[0].startswith("kv_reclaim: off")
 
 
-def test_a_model_without_such_layers_falls_back(warnings: list[str]) -> None:
-    assert share_pages(nn.ModuleList([nn.Linear(1, 1)]), config()) is None
-    assert "no plain attention layer" in warnings[0]
-
-
-def test_only_sliding_windows_need_whole_rows() -> None:
-    layers = [attention("a"), attention("b", sliding_window=64)]
-    allocate_whole_rows(nn.ModuleList(layers))
-    assert [type(layer) for layer in layers] == [Attention, WholeRowAttention]
-    spec = layers[1].get_kv_cache_spec(config())
-    assert type(spec) is FullAttentionSpec and spec.sliding_window is None
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [],
+        [attention("a"), attention("b", head_size=64)],
+        [attention("a"), attention("b", OtherAttention)],
+    ],
+)
+def test_what_cannot_be_tracked_at_all(layers: list[Attention]) -> None:
+    with pytest.raises(ConfigError, match="needs plain attention layers whose KV has one shape"):
+        track_requests(nn.ModuleList(layers), config(), [], per_layer=True)

@@ -1,0 +1,30 @@
+"""What ranks report is joined: tensor-parallel ranks must agree, pipeline stages have layers of their own."""
+
+import numpy as np
+import pytest
+
+from vllm_mod.kv.messages import Report, Scored
+
+
+def report(columns: tuple[int, ...], keep: list[bool] | None, sums: list[float], serial: int = 7) -> Report:
+    decided = None if keep is None else np.array(keep)
+    return Report(columns, {serial: Scored(0, np.array([sums]), decided)})
+
+
+def test_tensor_parallel_ranks_must_agree() -> None:
+    mine = report((0, 1), [True, False], [1.0, 2.0])
+    assert mine.aggregate(report((0, 1), [True, False], [1.0, 2.0])) is mine
+    with pytest.raises(RuntimeError, match="ranks disagree"):
+        mine.aggregate(report((0, 1), [True, True], [1.0, 2.0]))
+    with pytest.raises(RuntimeError, match="ranks disagree"):
+        mine.aggregate(report((0, 1), None, [1.0, 2.0]))
+    with pytest.raises(RuntimeError, match="different requests"):
+        mine.aggregate(report((0, 1), [True, False], [1.0, 2.0], serial=8))
+
+
+def test_pipeline_stages_are_joined() -> None:
+    joined = report((0,), [True, True], [1.0, 0.0]).aggregate(report((1,), [True, False], [0.0, 2.0]))
+    assert isinstance(joined, Report)
+    assert joined.columns == (0, 1)
+    assert joined.scored[7].keep.tolist() == [True, False]  # type: ignore[union-attr]
+    assert joined.scored[7].sums.tolist() == [[1.0, 2.0]]
