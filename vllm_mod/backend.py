@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata, subclass_attention_backend
 
+from .compat import layers_by_name
 from .rows import Rows
 
 if TYPE_CHECKING:
@@ -23,8 +24,7 @@ def stepping_backend(backend: type) -> type:
     class SteppingBuilder(stock):  # type: ignore[misc, valid-type]
         def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
             super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-            layers = vllm_config.compilation_config.static_forward_context
-            self._routing: Routing = layers[layer_names[0]].mod_routing
+            self._routing: Routing = layers_by_name(vllm_config)[layer_names[0]].mod_routing
             self._routing.start(vllm_config, kv_cache_spec.block_size, device)
 
         def build(

@@ -1,15 +1,68 @@
-"""Every private interface of vLLM that the plugin touches."""
+"""Every private interface of vLLM that the plugin touches, as a function with a name and a reason.
+
+`interfaces` lists what else is relied on (classes that are subclassed, fields that are read) and checks all of it when
+an engine starts. What is not here or there is documented for plugins, or exported.
+"""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
 
-def fill_spec_registry() -> None:
-    """vLLM registers its KV-cache specs only while there are none: a first one of ours would hide all of them."""
-    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+# ---------------------------------------------------------------- configuration
 
-    KVCacheSpecRegistry._ensure_registered()
+
+def config_hook(architecture: str) -> Any:
+    """The hook that vLLM calls while an engine for `architecture` is configured, or None."""
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    return MODELS_CONFIG_MAP.get(architecture)
+
+
+def set_config_hook(architecture: str, hook: Any) -> None:
+    """There is no registration call; the map is what vLLM's own models use."""
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    MODELS_CONFIG_MAP[architecture] = hook
+
+
+def stock_model_class(architecture: str) -> Any:
+    """The class of a model that vLLM has, to be subclassed; the registry itself only hands out its name."""
+    from vllm import ModelRegistry
+
+    return ModelRegistry.models[architecture].load_model_cls()
+
+
+def attention_ops(compilation: Any) -> list[str]:
+    """Operators that vLLM splits graphs at by default; a list given by us would not be extended by these."""
+    return [*compilation._attention_ops, "vllm::unified_kv_cache_update", "vllm::unified_mla_kv_cache_update"]
+
+
+# ---------------------------------------------------------------- models
+
+
+def layers_by_name(vllm_config: Any) -> dict[str, Any]:
+    """Modules that opaque operators find by their names; an attention layer in it gets a KV cache."""
+    return vllm_config.compilation_config.static_forward_context
+
+
+def forget_layer(vllm_config: Any, name: str, is_moe: bool) -> None:
+    """A layer was taken out of the model: no KV cache is made for it, and its experts are not kept."""
+    del layers_by_name(vllm_config)[name]
+    if is_moe:
+        vllm_config.compilation_config.static_all_moe_layers.remove(name)
+
+
+def with_own_kernel(operator: Any) -> Any:
+    """A copy of a `CustomOp` that runs its own kernel, where vLLM leaves plain operators to the compiler to fuse."""
+    operator = copy.copy(operator)
+    operator._enforce_enable = True
+    operator._forward_method = operator.dispatch_forward(compile_native=False)
+    return operator
 
 
 def encode_layer_name(name: str) -> Any:
@@ -24,3 +77,59 @@ def resolve_layer_name(encoded: Any) -> str:
     from vllm.utils.torch_utils import _resolve_layer_name
 
     return _resolve_layer_name(encoded)
+
+
+def leave_out_of_lora(manager: Any, module: str) -> None:
+    """Adapters that name this module are refused, instead of being applied to all but it in silence."""
+    manager.supported_lora_modules.remove(module)
+
+
+def leave_out_final_all_reduce(runner: Any) -> None:
+    """Of an MoE layer: it is done later, on all rows."""
+    runner.moe_config.skip_final_all_reduce = True
+
+
+# ---------------------------------------------------------------- a forward
+
+
+@contextmanager
+def attention_views(context: Any, metadata: dict[str, Any], slots: dict[str, Any]) -> Iterator[None]:
+    """Meanwhile attention layers find these in vLLM's forward context: metadata and slots by layer name."""
+    before = context.attn_metadata, context.slot_mapping
+    context.attn_metadata, context.slot_mapping = metadata, slots
+    try:
+        yield
+    finally:
+        context.attn_metadata, context.slot_mapping = before
+
+
+def replaced(common_metadata: Any, **changes: Any) -> Any:
+    """`CommonAttentionMetadata` with other fields, and without what it has cached of the whole batch."""
+    return common_metadata.replace(**changes, _num_computed_tokens_cache=None, _token_to_req_indices_cache=None)
+
+
+def module_of(encoded_name: Any) -> nn.Module:
+    """The module that an opaque operator runs, of the forward under way."""
+    from vllm.forward_context import get_forward_context
+
+    return get_forward_context().no_compile_layers[resolve_layer_name(encoded_name)]
+
+
+# ---------------------------------------------------------------- KV cache and statistics
+
+
+def fill_spec_registry() -> None:
+    """vLLM registers its KV-cache specs only while there are none: a first one of ours would hide all of them."""
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    KVCacheSpecRegistry._ensure_registered()
+
+
+def manager_of(kv_cache_manager: Any) -> Any:
+    """The manager of the first KV-cache group; vLLM hands connectors the whole, whose parts have no public name."""
+    return kv_cache_manager.coordinator.single_type_managers[0]
+
+
+def metric_types(prom_metrics: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(counter class, gauge class) that a connector's metrics are to be made of."""
+    return prom_metrics._counter_cls, prom_metrics._gauge_cls

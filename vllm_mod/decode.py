@@ -19,6 +19,7 @@ from torch import Tensor
 from vllm.triton_utils import HAS_TRITON
 
 from . import kernels
+from .compat import replaced
 from .gate import keeps, token_scores
 from .sequences import SequenceState
 from .tokens import PackedState
@@ -121,12 +122,12 @@ class DecodeStep:
     def rebuilt(self, name: str) -> Any:
         """Metadata of one attention layer, made anew: CPU kernels need a schedule for the true lengths."""
         index, rows = self.buffers.layers.index(name), slice(self.rows)
-        cm = self._cm.replace(
+        cm = replaced(
+            self._cm,
             seq_lens=self.buffers.seq_lens[index, rows],
             block_table_tensor=self.buffers.tables[self.buffers.page_columns_host[index], rows],
-            slot_mapping=self.buffers.slots[index, rows], _num_computed_tokens_cache=None,
-            _token_to_req_indices_cache=None,
-        )  # fmt: skip
+            slot_mapping=self.buffers.slots[index, rows],
+        )
         return self._build(cm)
 
 

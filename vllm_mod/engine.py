@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packaging.version import Version
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from .checkpoint import BaseShape, num_experts_of, read_routers
+from .compat import attention_ops
 from .config import ConfigError, ModConfig
+from .interfaces import check_vllm
 from .plan import plan_of
 from .request_check import check_requests
 
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm." + __name__)  # only loggers below "vllm" are shown
 
-#: Releases the tests run with: private interfaces are relied on (see README, "Versions").
-TESTED_VLLM = "0.32"
-ALLOW_UNTESTED = "VLLM_MOD_ALLOW_UNTESTED"
 CONNECTOR = "MoDConnector"
 #: Linears of a model with experts that LoRA adapters may change on the CPU: all but those of its routed experts.
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate")
@@ -49,7 +46,7 @@ class MoDEngineConfig(VerifyAndUpdateConfig):
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
         cls.base.verify_and_update_config(vllm_config)
-        check_version()
+        check_vllm(bool(num_experts_of(vllm_config.model_config.hf_text_config.to_dict())))
         plan = plan_of(vllm_config)
         config = plan.config
         check_routers(vllm_config, config)
@@ -62,17 +59,6 @@ class MoDEngineConfig(VerifyAndUpdateConfig):
         if vllm_config.model_config.runner_type == "generate" and vllm_config.speculative_config is None:
             check_requests(vllm_config.model_config, plan)
         log_routing(vllm_config, config)
-
-
-def check_version() -> None:
-    import vllm
-
-    installed = Version(vllm.__version__)
-    if f"{installed.major}.{installed.minor}" != TESTED_VLLM and not os.environ.get(ALLOW_UNTESTED):
-        raise ConfigError(
-            f"vllm-mod is tested with vLLM {TESTED_VLLM}.*, and {vllm.__version__} is installed; "
-            f"install `vllm=={TESTED_VLLM}.*`, or set {ALLOW_UNTESTED}=1 to try"
-        )
 
 
 def check_routers(vllm_config: VllmConfig, config: ModConfig) -> None:
@@ -220,12 +206,7 @@ def _set_compilation(vllm_config: VllmConfig) -> None:
     if compilation.splitting_ops is None and not current_platform.is_cpu():
         from .sublayers import OPS
 
-        compilation.splitting_ops = [
-            *compilation._attention_ops,
-            "vllm::unified_kv_cache_update",
-            "vllm::unified_mla_kv_cache_update",
-            *(f"vllm_mod::{op}" for op in OPS),
-        ]
+        compilation.splitting_ops = [*attention_ops(compilation), *(f"vllm_mod::{op}" for op in OPS)]
     mode = None
     if vllm_config.speculative_config is not None:
         mode = CUDAGraphMode.PIECEWISE  # a decode step has several tokens per request

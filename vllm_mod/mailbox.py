@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .compat import layers_by_name
 from .kv.messages import Report, StepMessage
 from .stats import MoDStats, RoutingCounts
 
@@ -44,5 +45,5 @@ class Mailbox:
 
 def mailbox_of(vllm_config: Any) -> Mailbox | None:
     """That of the model which was built for `vllm_config`, None before there is one."""
-    layers = vllm_config.compilation_config.static_forward_context.values()
+    layers = layers_by_name(vllm_config).values()
     return next((layer.mod_mailbox for layer in layers if hasattr(layer, "mod_mailbox")), None)

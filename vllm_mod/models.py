@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm import ModelRegistry
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
@@ -16,6 +15,7 @@ from vllm.model_executor.models.utils import PPMissingLayer
 
 from .backend import stepping_backend
 from .checkpoint import BaseShape
+from .compat import forget_layer, layers_by_name, leave_out_of_lora, stock_model_class
 from .config import ARCHITECTURES, ConfigError, ModConfig
 from .engine import experts_without_adapters
 from .experts import kernels_without_adapters, route_experts
@@ -44,7 +44,7 @@ class MoDModel(nn.Module):
             layer.router = _router(plan, vllm_config.model_config.dtype)
         if self.mod_config.is_static:
             for layer in layers.values():
-                _drop(layer, self.mod_config, vllm_config.compilation_config)
+                _drop(layer, self.mod_config, vllm_config)
             if hasattr(self, "set_moe_parameters"):  # it listed the MoE layers before some were dropped
                 self.set_moe_parameters()  # type: ignore[operator]
             return
@@ -73,7 +73,7 @@ class MoDModel(nn.Module):
     def lora_manager(self, manager: Any) -> None:
         self._lora_manager = manager
         if not self._adapters_on_experts:  # or an adapter's weights for them would be left out in silence
-            manager.supported_lora_modules.remove("experts")
+            leave_out_of_lora(manager, "experts")
 
     def _layers_to_change(self) -> dict[int, nn.Module]:
         """Routed layers that live on this pipeline rank; ConfigError if the architecture is of another kind."""
@@ -123,7 +123,7 @@ def _router(plan: Plan, dtype: torch.dtype) -> Router:
 
 
 def _install(layers: dict[int, nn.Module], routing: Routing, vllm_config: VllmConfig, shares_rows: bool) -> None:
-    config, forward_context = routing.config, vllm_config.compilation_config.static_forward_context
+    config, by_name = routing.config, layers_by_name(vllm_config)
     for column, (index, cutoff) in enumerate(zip(config.layers, config.cutoffs, strict=True)):
         if index not in layers:
             continue
@@ -132,17 +132,14 @@ def _install(layers: dict[int, nn.Module], routing: Routing, vllm_config: VllmCo
         routing.routes.append(route)
         for name in _SUBLAYERS[config.target]:
             turn = route_attention if name == "self_attn" else route_experts if config.target == "expert" else route_mlp
-            turn(getattr(layer, name), f"model.layers.{index}.{name}", route, routing, forward_context)
+            turn(getattr(layer, name), f"model.layers.{index}.{name}", route, routing, by_name)
 
 
-def _drop(layer: nn.Module, config: ModConfig, compilation: Any) -> None:
+def _drop(layer: nn.Module, config: ModConfig, vllm_config: VllmConfig) -> None:
     for name in _SUBLAYERS[config.target]:
         for module in getattr(layer, name).modules():
             if isinstance(module, Attention | MoERunner):
-                # So that no KV cache is made for it and its experts are not kept.
-                del compilation.static_forward_context[module.layer_name]
-            if isinstance(module, MoERunner):
-                compilation.static_all_moe_layers.remove(module.layer_name)
+                forget_layer(vllm_config, module.layer_name, isinstance(module, MoERunner))
         patch: Any = layer.router.patch if name == _SUBLAYERS[config.target][0] else None  # type: ignore[union-attr]
         setattr(layer, name, Skipped(patch))
 
@@ -157,6 +154,6 @@ def __getattr__(name: str) -> type:
     base = next((base for base, routed in ARCHITECTURES.items() if routed == name), None)
     if base is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    stock = ModelRegistry.models[base].load_model_cls()
+    stock = stock_model_class(base)
     globals()[name] = type(name, (MoDModel, stock), {"__module__": __name__})
     return globals()[name]

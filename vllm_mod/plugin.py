@@ -10,13 +10,12 @@ from .config import ARCHITECTURES
 
 def register_models() -> None:
     from vllm import ModelRegistry
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
+    from .compat import config_hook, set_config_hook
     from .deepseek import register_config
     from .engine import MoDEngineConfig
 
     register_config()
     for base, routed in ARCHITECTURES.items():
         ModelRegistry.register_model(routed, f"vllm_mod.models:{routed}")
-        # No registration call exists for these hooks in vLLM 0.32; the map is what vLLM's own models use.
-        MODELS_CONFIG_MAP[routed] = MoDEngineConfig.for_base(MODELS_CONFIG_MAP.get(base))
+        set_config_hook(routed, MoDEngineConfig.for_base(config_hook(base)))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from vllm.forward_context import get_forward_context
 
+from .compat import attention_views
 from .config import ModConfig
 from .decode import DecodeBuffers, DecodeStep
 from .kv.messages import Report, StepMessage
@@ -107,15 +108,14 @@ class Routing:
             if step is None:
                 yield
                 return
+            slots: Any = context.slot_mapping
             if step.decode is not None:
-                slots: Any = context.slot_mapping
-                context.attn_metadata, context.slot_mapping = step.decode.contexts(metadata, slots)
+                views = step.decode.contexts(metadata, slots)
+            else:
+                views = step.contexts(metadata[self.layout.names[0]]) if self.layout is not None else (metadata, slots)
+                step.decisions = self._decisions(step)
+            with attention_views(context, *views):
                 yield
-                return
-            if self.layout is not None:
-                context.attn_metadata, context.slot_mapping = step.contexts(metadata[self.layout.names[0]])
-            step.decisions = self._decisions(step)
-            yield
             if step.begun:
                 self._close(step)
         finally:

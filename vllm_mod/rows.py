@@ -14,6 +14,8 @@ from torch import Tensor
 from vllm.forward_context import ForwardContext
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from .compat import replaced
+
 
 @dataclass
 class Subset:
@@ -87,7 +89,8 @@ class Rows:
         starts = torch.zeros(len(lengths_host) + 1, dtype=torch.int32)
         starts[1:] = lengths_host.cumsum(0)
         cm = self.cm
-        return cm.replace(
+        return replaced(
+            cm,
             query_start_loc=self.upload(starts),
             query_start_loc_cpu=starts,
             seq_lens=seq_lens,
@@ -101,9 +104,6 @@ class Rows:
             positions=None if cm.positions is None else cm.positions[tokens],
             is_prefilling=None if cm.is_prefilling is None else cm.is_prefilling[requests_host],
             req_idx=None,
-            # Caches of the whole batch; dataclasses.replace() would copy them.
-            _num_computed_tokens_cache=None,
-            _token_to_req_indices_cache=None,
         )
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
+from . import compat
+
 
 class RoutingCounts:
     """Kept and routed (request, layer) or (token, layer) pairs since the last report; columns as in `layers`."""
@@ -88,26 +90,27 @@ class MoDPromMetrics(KVConnectorPromMetrics):
 
     def __init__(self, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        counter, gauge = compat.metric_types(self)
         self._per_layer = {
-            key: self._counter_cls(name=f"vllm:mod_{key}", documentation=text, labelnames=[*labelnames, "layer"])
+            key: counter(name=f"vllm:mod_{key}", documentation=text, labelnames=[*labelnames, "layer"])
             for key, text in {
                 "kept": "Routed sublayer executions: (request, layer) or (token, layer) pairs that were kept.",
                 "routed": "Routing decisions: (request, layer) or (token, layer) pairs.",
             }.items()
         }
         self._of_kv = {
-            key: self._counter_cls(name=f"vllm:mod_{name}", documentation=text, labelnames=labelnames)
+            key: counter(name=f"vllm:mod_{name}", documentation=text, labelnames=labelnames)
             for key, name, text in (
                 ("pages_freed", "kv_pages_freed", "KV pages of skipped layers given back while their request runs."),
                 ("messages_ignored", "messages_ignored", "Decisions that arrived after their request had ended."),
             )
         }
-        self._dials = self._counter_cls(
+        self._dials = counter(
             name="vllm:mod_dial",
             documentation="Requests admitted by a dial: their own (request: ...) or the load policy's (load: ...).",
             labelnames=[*labelnames, "dial"],
         )
-        self._bytes_per_token = self._gauge_cls(
+        self._bytes_per_token = gauge(
             name="vllm:mod_kv_bytes_per_token",
             documentation="KV-cache bytes held per token slot of the running requests, when last they changed.",
             labelnames=labelnames,
@@ -116,13 +119,13 @@ class MoDPromMetrics(KVConnectorPromMetrics):
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         labels = self.per_engine_labelvalues[engine_idx]
-        for key, counter in self._per_layer.items():
+        for key, per_layer in self._per_layer.items():
             for layer, number in transfer_stats_data.get(key, {}).items():
-                counter.labels(*labels, layer).inc(number)
+                per_layer.labels(*labels, layer).inc(number)
         for dial, number in transfer_stats_data.get("dials", {}).items():
             self._dials.labels(*labels, dial).inc(number)
         kv = transfer_stats_data.get("kv", {})
-        for key, counter in self._of_kv.items():
-            counter.labels(*labels).inc(kv.get(key, 0))  # shown from the first report on, be it 0
+        for key, of_kv in self._of_kv.items():
+            of_kv.labels(*labels).inc(kv.get(key, 0))  # shown from the first report on, be it 0
         if kv.get("tokens"):
             self._bytes_per_token.labels(*labels).set(kv["bytes"] / kv["tokens"])

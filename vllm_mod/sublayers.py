@@ -7,7 +7,6 @@ and the row count may change inside.
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.utils.torch_utils import LayerNameType, direct_register_custom_op
 
-from .compat import encode_layer_name, resolve_layer_name
+from .compat import encode_layer_name, leave_out_final_all_reduce, module_of, with_own_kernel
 from .config import ConfigError
 from .decode import DecodeStep
 from .kept import ALL, Kept
@@ -40,12 +39,12 @@ OPS = ("routed_attention", "routed_mlp", "paged_attention")
 
 
 def routed_attention(positions: Tensor, hidden_states: Tensor, output: Tensor, layer_name: LayerNameType) -> None:
-    module = get_forward_context().no_compile_layers[resolve_layer_name(layer_name)]
+    module: Any = module_of(layer_name)
     module.run(output, positions, hidden_states)
 
 
 def routed_mlp(hidden_states: Tensor, output: Tensor, layer_name: LayerNameType) -> None:
-    module = get_forward_context().no_compile_layers[resolve_layer_name(layer_name)]
+    module: Any = module_of(layer_name)
     module.run(output, hidden_states)
 
 
@@ -253,10 +252,7 @@ def _use_kernels(module: nn.Module) -> None:
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, CustomOp) and not isinstance(child, FusedMoEMethodBase) and not child.enabled():
-                child = copy.copy(child)
-                child._enforce_enable = True
-                child._forward_method = child.dispatch_forward(compile_native=False)
-                setattr(parent, name, child)
+                setattr(parent, name, with_own_kernel(child))
 
 
 def _take_out_all_reduce(module: nn.Module) -> bool:
@@ -267,7 +263,7 @@ def _take_out_all_reduce(module: nn.Module) -> bool:
         linear.reduce_results = False
     moe: list[Any] = [m for m in module.modules() if isinstance(m, MoERunner) and not m.moe_config.is_sequence_parallel]
     for runner in moe:
-        runner.moe_config.skip_final_all_reduce = True
+        leave_out_final_all_reduce(runner)
     return bool(reducing or moe)
 
 

@@ -72,14 +72,6 @@ def test_log_names_cutoffs(base: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert kept == ["mlp_token: kept where w . x >= 40.5, -2", "mlp_token: kept where sigmoid(w . x) >= 0.25"]
 
 
-@pytest.mark.parametrize(
-    ("granularity", "keys"), [("attn_sequence", {"window": 4}), ("block_static", {"patch": {"rank": 2}})]
-)
-def test_what_is_not_served_yet_is_refused(base: Path, tmp_path: Path, granularity: str, keys: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="keys 'window' and 'patch' are trained, and not served yet"):
-        settings(routed_checkpoint(base, tmp_path / "c", granularity, LAYERS, **keys))
-
-
 def test_static_needs_nothing(base: Path, tmp_path: Path) -> None:
     config = settings(routed_checkpoint(base, tmp_path / "c", "attn_static", LAYERS))
     assert config.kv_transfer_config is None
@@ -172,14 +164,3 @@ def test_refused_config(base: Path, tmp_path: Path, mod_config: Any, words: list
         settings(checkpoint)
     for word in ["config.json", *words] if "depth" in str(mod_config) else words:
         assert word in str(error.value)
-
-
-def test_untested_vllm(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import vllm
-
-    checkpoint = routed_checkpoint(base, tmp_path / "c", "attn_sequence", LAYERS)
-    monkeypatch.setattr(vllm, "__version__", "0.41.2")
-    with pytest.raises(ValueError, match=r"0\.32\.\*, and 0\.41\.2 is installed"):
-        settings(checkpoint)
-    monkeypatch.setenv("VLLM_MOD_ALLOW_UNTESTED", "1")
-    settings(checkpoint)

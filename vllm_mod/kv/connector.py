@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from ..admission import Admissions
+from ..compat import manager_of
 from ..mailbox import Mailbox, mailbox_of
 from ..plan import plan_of
 from ..stats import MoDPromMetrics, MoDStats
@@ -40,7 +41,7 @@ class MoDConnector(KVConnectorBase_V1, SupportsHMA):
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         super().bind_kv_cache_manager(kv_cache_manager)
-        manager = kv_cache_manager.coordinator.single_type_managers[0]
+        manager = manager_of(kv_cache_manager)
         if isinstance(manager, PageManager):
             self._manager = manager
             manager.use_window(self._plan.config.window or 0)
