@@ -19,13 +19,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vllm_mod.checkpoint import BaseShape, read_json, read_mod_config, read_routers, replace_json, write_thresholds
+from vllm_mod.checkpoint import BaseShape, is_router_only, read_mod_config, read_routers, write_thresholds
 from vllm_mod.config import ConfigError, ModConfig
+from vllm_mod.files import CONFIG_FILE, read_json, replace_json
 
 from . import card
 from .arguments import CalibrateArguments
 from .data import Collator, check_sources, read_sources, split_tail, tokenize
-from .export import local_model
+from .hub import local_model
+from .lora import ADAPTER_DIR, load_adapter
 from .model import attach_routers, load_base, load_reference, routing, routing_of
 
 FEWEST_PROMPTS = 8
@@ -159,7 +161,7 @@ def calibrate(args: CalibrateArguments, command: str) -> dict[str, Any]:
     """
     directory, config = _checked(args)
     check_sources(args.data)
-    base = directory if _is_full(directory) else local_model(args.model or config.base_model or "")
+    base = local_model(args.model or config.base_model or "") if is_router_only(directory) else directory
     batches, used = _batches(args, config, base)
     model = _load(directory, config, base)
     points = {}
@@ -203,10 +205,6 @@ def _plain(config: ModConfig) -> Thresholds:
     return list(config.threshold) if isinstance(config.threshold, tuple) else config.threshold
 
 
-def _is_full(directory: Path) -> bool:
-    return (directory / "config.json").is_file()
-
-
 def _checked(args: CalibrateArguments) -> tuple[Path, ModConfig]:
     directory = Path(args.checkpoint)
     if not directory.is_dir():
@@ -223,7 +221,7 @@ def _checked(args: CalibrateArguments) -> tuple[Path, ModConfig]:
     for flag, number in (("--max-samples", args.max_samples), ("--batch-size", args.batch_size)):
         if number < 1:
             raise ConfigError(f"{flag} {number}: at least 1 is needed")
-    if not _is_full(directory) and not (args.model or config.base_model):
+    if is_router_only(directory) and not (args.model or config.base_model):
         raise ConfigError(f"{directory}: names no base model; pass it with --model")
     return directory, config
 
@@ -258,8 +256,11 @@ def _load(directory: Path, config: ModConfig, base: Path) -> Any:
     if base == directory:
         model = load_reference(directory, dtype, config)
     else:
-        shape = BaseShape.of(read_json(base / "config.json"), str(base / "config.json"))
+        shape = BaseShape.of(read_json(base / CONFIG_FILE), str(base / CONFIG_FILE))
         routers = read_routers(directory, config, shape)
         model = load_base(base, dtype).eval()
         attach_routers(model, config, routers)
+        if (directory / ADAPTER_DIR).is_dir():  # the routers were trained with it
+            load_adapter(model, directory / ADAPTER_DIR)
+            model.eval()
     return model.to("cuda") if on_gpu else model
