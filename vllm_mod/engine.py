@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
 from vllm.logger import init_logger
-from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from .checkpoint import BaseShape, num_experts_of, read_routers
 from .config import ConfigError, EngineKnobs, ModConfig
+from .hooks import ChainedHook, refuse_other_formats
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -46,25 +45,14 @@ def reclaims_kv(vllm_config: VllmConfig) -> bool:
     return EngineKnobs.from_additional_config(vllm_config.additional_config).kv_reclaim
 
 
-class MoDEngineConfig(VerifyAndUpdateConfig):
+class MoDEngineConfig(ChainedHook):
     """Runs early in `VllmConfig.__post_init__`, before anything is derived from the settings made here."""
-
-    base: type[VerifyAndUpdateConfig] = VerifyAndUpdateConfig
-
-    @classmethod
-    @functools.cache
-    def for_base(cls, base: type[VerifyAndUpdateConfig] | None) -> type[MoDEngineConfig]:
-        """The hook for an architecture whose stock counterpart has the hook `base`."""
-        return type("MoDEngineConfig", (cls,), {"base": base or VerifyAndUpdateConfig})
-
-    @classmethod
-    def verify_and_update_model_config(cls, model_config: Any) -> None:
-        cls.base.verify_and_update_model_config(model_config)
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
-        cls.base.verify_and_update_config(vllm_config)
+        super().verify_and_update_config(vllm_config)
         check_version()
+        refuse_other_formats(vllm_config)
         config = mod_config(vllm_config)
         check_routers(vllm_config, config)
         if experts_without_adapters(vllm_config):

@@ -14,9 +14,12 @@ def register_models() -> None:
 
     from .deepseek import register_config
     from .engine import MoDEngineConfig
+    from .hooks import STOCK_ARCHITECTURES, StockHook
 
     register_config()
+    # No registration call exists for these hooks in vLLM 0.32; the map is what vLLM's own models use.
     for base, routed in ARCHITECTURES.items():
         ModelRegistry.register_model(routed, f"vllm_mod.models:{routed}")
-        # No registration call exists for these hooks in vLLM 0.32; the map is what vLLM's own models use.
-        MODELS_CONFIG_MAP[routed] = MoDEngineConfig.for_base(MODELS_CONFIG_MAP.get(base))
+        MODELS_CONFIG_MAP[routed] = MoDEngineConfig.over(MODELS_CONFIG_MAP.get(base))
+    for name in STOCK_ARCHITECTURES:
+        MODELS_CONFIG_MAP[name] = StockHook.over(MODELS_CONFIG_MAP.get(name))
