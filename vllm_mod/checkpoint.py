@@ -207,7 +207,6 @@ def write_checkpoint(
     architecture = mod_architecture(shape.architecture)
     check_routers({router_name(i): w for i, w in routers.items()}, config, shape, "routers")
     weights = base_weight_map(base)
-    _refuse_taken_names(base, weights)
     with atomic_directory(output) as directory:
         for name in side_files(base):
             if name != CONFIG_FILE:
@@ -232,19 +231,18 @@ def write_checkpoint(
 
 
 def base_weight_map(base: Path) -> dict[str, str]:
-    """Tensor name -> file of the base's weights, routers of an earlier export left out. Raises ConfigError."""
+    """Tensor name -> file of the base's weights, routers of an earlier export left out.
+
+    Raises ConfigError where there are none, or in a file whose name stands for something else in a checkpoint.
+    """
     names = {name: file for name, file in weight_map(base).items() if not _ROUTER_NAME.fullmatch(name)}
     if not names:
         raise ConfigError(f"{base}: holds no weights of a base model")
-    return names
-
-
-def _refuse_taken_names(base: Path, weights: Mapping[str, str]) -> None:
-    """Names of weight files that stand for something else in a checkpoint."""
-    for name in sorted(set(weights.values())):
+    for name in sorted(set(names.values())):
         if name == ROUTERS_FILE or name.startswith("consolidated"):
-            use = "the routers" if name == ROUTERS_FILE else "weights in Mistral's own format"
-            raise ConfigError(f"{base / name}: a file of this name holds {use}; rename it, in the index, too")
+            use = "routers" if name == ROUTERS_FILE else "weights in Mistral's own format"
+            raise ConfigError(f"{base / name}: a file of this name is for {use}; rename it, in the index, too")
+    return names
 
 
 def _place_weights(source: Path, target: Path) -> None:

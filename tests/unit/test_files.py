@@ -182,5 +182,5 @@ def test_weight_files_with_a_name_that_means_something_else(bare_base, tmp_path,
     tensors = load_file(bare_base / WEIGHTS_FILE)
     (bare_base / WEIGHTS_FILE).rename(bare_base / name)
     shard(bare_base, dict.fromkeys(tensors, name))
-    with pytest.raises(ConfigError, match=f"{name}: a file of this name holds"):
+    with pytest.raises(ConfigError, match=f"{name}: a file of this name is for"):
         write_checkpoint(bare_base, tmp_path / "out", CONFIG, ROUTERS)

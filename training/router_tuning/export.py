@@ -8,7 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from vllm_mod.checkpoint import BaseShape, is_router_only, read_mod_config, read_routers, write_checkpoint
+from vllm_mod.checkpoint import (
+    BaseShape,
+    base_weight_map,
+    is_router_only,
+    read_mod_config,
+    read_routers,
+    write_checkpoint,
+)
 from vllm_mod.config import ConfigError, ModConfig, mod_architecture
 from vllm_mod.files import ADAPTER_FILES, CONFIG_FILE, read_json
 
@@ -19,13 +26,14 @@ from .lora import ADAPTER_DIR
 
 
 def base_shape(directory: Path) -> BaseShape:
-    """The base model's shape; raises ConfigError if it is not supported or routed already."""
+    """The base model's shape; raises ConfigError if it is not supported, routed already, or not whole."""
     path = directory / CONFIG_FILE
     data = read_json(path)
     shape = BaseShape.of(data, str(path))
     mod_architecture(shape.architecture)
     if "mod_config" in data:
         raise ConfigError(f"{path}: this is a routed checkpoint; give its base model")
+    base_weight_map(directory)
     return shape
 
 

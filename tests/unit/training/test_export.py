@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from router_tuning.cli import main
 from router_tuning.model import load_base, load_reference, reference_logits
 from tests.support.models import edit_json, random_routers
-from tests.unit.training.test_trainer import one_error
+from tests.unit.training.test_trainer import one_error, train
 from vllm_mod.checkpoint import read_mod_config, router_name, write_routers
 from vllm_mod.config import ModConfig
 
@@ -198,6 +198,21 @@ class TestLoadingABase:
         (base / "model.safetensors").write_bytes(b"")
         with pytest.raises(ValueError, match="not a readable safetensors file"):
             load_base(base, torch.float32)
+
+
+def test_a_base_that_cannot_be_written_is_refused_before_it_is_trained(base, data_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("router_tuning.run.load_base", lambda *_: pytest.fail("the model was loaded"))
+    tensors = load_file(base / "model.safetensors")
+    (base / "model.safetensors").rename(base / "consolidated-00001-of-00001.safetensors")
+    for file, words in (
+        ("consolidated-00001-of-00001.safetensors", "is for weights in Mistral's own format; rename it"),
+        ("model-00001-of-00002.safetensors", "is listed, and is not in"),
+        ("../base/model.safetensors", "only the plain name"),
+    ):
+        index = json.dumps({"weight_map": dict.fromkeys(tensors, file)})
+        (base / "model.safetensors.index.json").write_text(index)
+        assert train(base, data_file, tmp_path / "out") == 2
+        assert words in one_error(capsys)
 
 
 def test_the_config_read_is_the_one_that_was_written(base, authors, tmp_path):
