@@ -71,14 +71,15 @@ def kept_ratio(checkpoint: Path, file: Path, max_length: int) -> dict[str, Any]:
     """By the reference, of all samples in `file`."""
     from transformers import AutoTokenizer
 
-    from router_tuning.calibrate import collate, measure
+    from router_tuning.calibrate import collate
     from router_tuning.data import read_sources, tokenize
+    from router_tuning.fitting import measure
     from router_tuning.model import load_reference
     from vllm_mod.checkpoint import read_mod_config
 
     config = read_mod_config(checkpoint)
     samples, _ = tokenize(read_sources([str(file)])[str(file)], AutoTokenizer.from_pretrained(checkpoint), max_length)
-    found = measure(load_reference(checkpoint), collate(list(samples), config, 32), config, "kept ratio")
+    found = measure(load_reference(checkpoint), collate(list(samples), config, 32), title="kept ratio")
     layers = {str(layer): round(kept, 4) for layer, kept in found.kept_per_layer.items()}
     error = round(found.standard_error, 4)
     return {"kept": round(found.kept, 4), "standard_error": error, "samples": len(samples), "layers": layers}
@@ -102,7 +103,8 @@ def one_run(args: argparse.Namespace, target: float, seed: int, directory: Path,
         "--max-length", args.max_length, "--max-samples", args.held_out, "--batch-size", 32,
     )  # fmt: skip
     record = json.loads((checkpoint / "calibration.json").read_text(encoding="utf-8"))
-    run["calibrated"] = {key: record[key] for key in ("kept", "samples", "threshold", "kept_per_layer")}
+    kept = ("kept", "samples", "threshold", "cutoff", "kept_per_layer")
+    run["calibrated"] = {key: record[key] for key in kept if key in record}
     run["after_calibration"] = kept_ratio(checkpoint, measured, args.max_length)
     return run
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vllm_mod.checkpoint import read_json
+from vllm_mod.calibration import read_calibration
 from vllm_mod.config import ConfigError, ModConfig
 
 from .heldout import answer_losses, dense_config, held_out, load_system, perplexity, perplexity_ratio
@@ -57,11 +57,13 @@ class Perplexities:
             systems["static"] = losses(f"static {list(dropped)}", self.base, self._static(dropped))
         curve = [{"system": "routed", "threshold": None} | _relative(systems["checkpoint"], base)]
         if thresholds is None:
-            thresholds = operating_points(self.checkpoint)
-        for threshold in thresholds:
-            config = ModConfig.parse(self.config.model_dump() | {"threshold": threshold}, "--thresholds")
-            found = losses(f"threshold {threshold}", self.checkpoint, config)
-            curve.append({"system": "routed", "threshold": threshold} | _relative(found, base))
+            configs = operating_points(self.checkpoint, self.config)
+        else:
+            configs = [self.config.with_threshold(threshold, "--thresholds") for threshold in thresholds]
+        for config in configs:
+            criterion, limits = config.criterion, config.to_dict()[config.criterion]
+            found = losses(f"{criterion} {limits}", self.checkpoint, config)
+            curve.append({"system": "routed", criterion: limits} | _relative(found, base))
         if self.config.target != "expert":
             order = self.order()
             for number in range(1, len(self.config.layers) + 1):
@@ -93,11 +95,13 @@ class Perplexities:
         return {"losses": losses.tolist(), "counts": counts.tolist(), "kept": kept}
 
 
-def operating_points(checkpoint: Path) -> list[Any]:
-    """Thresholds that `router-tuning calibrate` stored."""
-    path = checkpoint / "calibration.json"
-    points = read_json(path).get("operating_points", []) if path.is_file() else []
-    return [point["threshold"] for point in points]
+def operating_points(checkpoint: Path, config: ModConfig) -> list[ModConfig]:
+    """What `router-tuning calibrate` stored, as configs."""
+    table = read_calibration(checkpoint, config)
+    return [
+        config.with_threshold(p.threshold) if p.threshold is not None else config.with_cutoff(p.cutoff)
+        for p in (table.operating_points if table else [])
+    ]
 
 
 def _relative(system: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,15 @@
 """Read, check and write checkpoint directories (safetensors only; no vLLM, no transformers import).
 
-A *full checkpoint* is a base model's files (see `files`) plus `mod_config` in `config.json` and `routers.safetensors`.
-A *router-only* directory is `mod_config.json` + `routers.safetensors`. Routers that lie among a model's weights, and
-the reference implementation's router-only `model.safetensors` (same tensor names), are read as well.
+A *full checkpoint* is a base model's files (see `files`) plus `mod_config` in `config.json` and `routers.safetensors`,
+which holds routers and patches (see `tensors`). A *router-only* directory is `mod_config.json` +
+`routers.safetensors`. Routers that lie among a model's weights, and the reference implementation's router-only
+`model.safetensors` (same tensor names), are read as well.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from .files import (
     weight_map,
     write_json,
 )
+from .tensors import Patch, check_routers, named_tensors, patches_of
+from .tensors import router_name as router_name
 
 ROUTERS_FILE = "routers.safetensors"
 ROUTER_CONFIG_FILE = "mod_config.json"
@@ -72,10 +75,6 @@ def num_experts_of(config: Mapping[str, Any]) -> int | None:
     return config.get("num_experts") or config.get("n_routed_experts")
 
 
-def router_name(layer: int) -> str:
-    return f"model.layers.{layer}.router.weight"
-
-
 def is_router_only(directory: Path) -> bool:
     """Whether `mod_config.json` says what a directory routes, and not its `config.json`. ConfigError where both do."""
     if not (directory / ROUTER_CONFIG_FILE).is_file():
@@ -105,9 +104,16 @@ def read_mod_config(directory: str | Path) -> ModConfig:
 
 
 def read_routers(directory: str | Path, config: ModConfig, shape: BaseShape) -> dict[int, Tensor]:
-    """Router weights per routed layer, checked against the config and the base model's shape."""
+    """Router weights per routed layer; all tensors are checked against the config and the base model's shape."""
     path, tensors = load_router_tensors(directory)
     return check_routers(tensors, config, shape, str(path))
+
+
+def read_patches(directory: str | Path, config: ModConfig, shape: BaseShape) -> dict[int, Patch]:
+    """Patches per routed layer, checked likewise; none where the config has none."""
+    path, tensors = load_router_tensors(directory)
+    check_routers(tensors, config, shape, str(path))
+    return patches_of(tensors, config)
 
 
 def load_router_tensors(directory: str | Path) -> tuple[Path, dict[str, Tensor]]:
@@ -152,37 +158,13 @@ def _files_with_tensors(directory: Path) -> list[Path]:
     return [directory / name for name in sorted(names) if (directory / name).is_file()]
 
 
-def check_routers(tensors: Mapping[str, Tensor], config: ModConfig, shape: BaseShape, where: str) -> dict[int, Tensor]:
-    """Raise ConfigError, naming the tensor, unless `tensors` are exactly the routers `config` asks for."""
-    config.check_fits(shape.num_layers, shape.num_experts, shape.dense_layers)
-    expected = set() if config.is_static else {router_name(i) for i in config.layers}
-    if missing := sorted(expected - set(tensors)):
-        raise ConfigError(f"{where}: router tensor {missing[0]} is missing ({len(missing)} in all)")
-    if surplus := sorted(set(tensors) - expected):
-        raise ConfigError(f"{where}: {surplus[0]} belongs to no routed layer; 'layers' is {list(config.layers)}")
-    rows = shape.num_experts if config.target == "expert" else 1
-    routers = {}
-    for layer in config.layers if expected else ():
-        name, weight = router_name(layer), tensors[router_name(layer)]
-        if tuple(weight.shape) != (rows, shape.hidden_size):
-            raise ConfigError(
-                f"{where}: {name} has shape {list(weight.shape)}, this model needs [{rows}, {shape.hidden_size}]"
-                + (f", a gate for each of its {rows} experts" if config.target == "expert" else "")
-                + ("" if weight.shape[-1] == shape.hidden_size else "; the routers belong to another base model")
-            )
-        if not weight.is_floating_point():
-            raise ConfigError(f"{where}: {name} is {weight.dtype}, a float type is needed")
-        if not torch.isfinite(weight.float()).all():
-            raise ConfigError(f"{where}: {name} has values that are not finite")
-        routers[layer] = weight
-    return routers
-
-
-def write_routers(output: str | Path, config: ModConfig, routers: Mapping[int, Tensor]) -> Path:
+def write_routers(
+    output: str | Path, config: ModConfig, routers: Mapping[int, Tensor], patches: Mapping[int, Patch] | None = None
+) -> Path:
     """Write a router-only directory; it appears whole or not at all."""
     with atomic_directory(Path(output)) as directory:
         write_json(directory / ROUTER_CONFIG_FILE, config.to_dict())
-        _save_routers(directory, routers)
+        _save_tensors(directory, named_tensors(routers, patches))
     return Path(output)
 
 
@@ -193,8 +175,9 @@ def write_checkpoint(
     routers: Mapping[int, Tensor],
     records: Mapping[str, str] | None = None,
     folders: Mapping[str, Path] | None = None,
+    patches: Mapping[int, Patch] | None = None,
 ) -> Path:
-    """Write base model + routers as a full checkpoint; it appears whole or not at all.
+    """Write base model + routers (+ patches) as a full checkpoint; it appears whole or not at all.
 
     The weight files that the index names are hard-linked where the file system can, copied elsewhere; of the base's
     other files those of `files.SIDE_FILES` are carried along. `records` (file name -> text) and adapters (`folders`:
@@ -205,7 +188,8 @@ def write_checkpoint(
     base_config = read_json(base / CONFIG_FILE)
     shape = BaseShape.of(base_config, str(base / CONFIG_FILE))
     architecture = mod_architecture(shape.architecture)
-    check_routers({router_name(i): w for i, w in routers.items()}, config, shape, "routers")
+    tensors = named_tensors(routers, patches)
+    check_routers(tensors, config, shape, "routers")
     weights = base_weight_map(base)
     with atomic_directory(output) as directory:
         for name in side_files(base):
@@ -215,9 +199,9 @@ def write_checkpoint(
             _place_weights(base / name, directory / name)
         kept = {key: value for key, value in base_config.items() if key not in _NOT_CARRIED}
         write_json(directory / CONFIG_FILE, kept | {"architectures": [architecture], "mod_config": config.to_dict()})
-        if routers:
-            _save_routers(directory, routers)
-            weights |= {router_name(i): ROUTERS_FILE for i in routers}
+        if tensors:
+            _save_tensors(directory, tensors)
+            weights |= dict.fromkeys(tensors, ROUTERS_FILE)
         total = sum((directory / name).stat().st_size for name in set(weights.values()))
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
         write_json(directory / INDEX_FILE, index)
@@ -259,18 +243,18 @@ def _place_weights(source: Path, target: Path) -> None:
         target.chmod(0o644)
 
 
-def _save_routers(directory: Path, routers: Mapping[int, Tensor]) -> None:
-    tensors = {router_name(i): w.detach().to("cpu").contiguous() for i, w in routers.items()}
+def _save_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    # Copies, because layers may share a tensor or be views of one, which safetensors refuses.
+    tensors = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
     save_file(tensors, directory / ROUTERS_FILE, metadata={"format": "pt"})
     (directory / ROUTERS_FILE).chmod(0o644)  # safetensors leaves 0600: nobody else could serve the checkpoint
 
 
-def write_thresholds(directory: str | Path, thresholds: float | Sequence[float]) -> None:
-    """Set `threshold` where a full checkpoint or a router-only directory keeps it; the file is never half-written."""
+def write_mod_config(directory: str | Path, config: ModConfig) -> None:
+    """Replace what a full checkpoint or a router-only directory says of its routing; never half-written."""
     directory = Path(directory)
-    alone = is_router_only(directory)
-    path = directory / (ROUTER_CONFIG_FILE if alone else CONFIG_FILE)
-    data = read_json(path)
-    settings = (data if alone else data["mod_config"]) | {"threshold": thresholds}
-    config = ModConfig.parse(settings, str(path)).to_dict()
-    replace_json(path, config if alone else data | {"mod_config": config})
+    if is_router_only(directory):
+        replace_json(directory / ROUTER_CONFIG_FILE, config.to_dict())
+    else:
+        path = directory / CONFIG_FILE
+        replace_json(path, read_json(path) | {"mod_config": config.to_dict()})

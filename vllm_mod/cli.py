@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,12 @@ from .config import ConfigError, ModConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .checkpoint import BaseShape
+    from .tensors import Patch
+
 _INSPECT = """\
-Show what a checkpoint routes: per layer its threshold and the norm, shape and dtype of its router.
+Show what a checkpoint routes: its window and, per layer, its threshold (or cutoff) and the norm, shape and dtype of
+its router; and the norms of a patch, of its bias and of its map `up down`.
 
 CKPT is a full checkpoint (what `vllm serve` takes), a router-only directory (mod_config.json +
 routers.safetensors), or the reference implementation's router-only model.safetensors with a
@@ -64,6 +68,7 @@ def describe(directory: Path) -> dict[str, Any]:
     """What a full checkpoint or a router-only directory routes, as one JSON object; its routers are checked."""
     try:
         from . import checkpoint, files  # imports torch: --help need not wait for it
+        from .tensors import patches_of
     except ModuleNotFoundError as error:  # it comes with vLLM, or with the `train` extra
         raise ConfigError(f"{error.name} is not installed; install vLLM, or vllm-mod[train]") from None
 
@@ -72,15 +77,13 @@ def describe(directory: Path) -> dict[str, Any]:
     config = checkpoint.read_mod_config(directory)
     where, tensors = checkpoint.load_router_tensors(directory)
     alone = checkpoint.is_router_only(directory)
-    if not alone:
+    if alone:
+        shape = _shape_of(tensors, config)
+    else:
         files.refuse_mistral_files(directory)
         base = directory / files.CONFIG_FILE
         shape = checkpoint.BaseShape.of(files.read_json(base), str(base))
-    else:  # the routers themselves are all that tells the base's shape
-        rows, hidden = next((t.shape for t in tensors.values() if t.ndim == 2), (1, 0))
-        experts = rows if config.target == "expert" else None
-        shape = checkpoint.BaseShape("", config.layers[-1] + 1, hidden, experts)
-    routers = checkpoint.check_routers(tensors, config, shape, str(where))
+    routers, patches = checkpoint.check_routers(tensors, config, shape, str(where)), patches_of(tensors, config)
 
     layers = config.layers if alone else range(shape.num_layers)
     return {
@@ -90,11 +93,26 @@ def describe(directory: Path) -> dict[str, Any]:
         "num_layers": None if alone else shape.num_layers,
         "hidden_size": shape.hidden_size or None,
         "base_model": config.base_model,
+        "version": config.version,
         "granularity": config.granularity,
+        "window": config.window,
+        "patch": None if config.patch is None else config.patch.model_dump(),
         "target_capacity": config.target_capacity,
-        "layers": [_describe_layer(layer, config, routers.get(layer)) for layer in layers],
+        "layers": [_describe_layer(layer, config, routers.get(layer), patches.get(layer)) for layer in layers],
         "notes": [] if alone else _notes(directory),
     }
+
+
+def _shape_of(tensors: Mapping[str, Tensor], config: ModConfig) -> BaseShape:
+    """Of a router-only directory: its tensors are all that tells the base's shape."""
+    from .checkpoint import BaseShape
+    from .tensors import patch_name, router_name
+
+    layer = config.layers[0]
+    tensor = tensors.get(patch_name(layer, "bias") if config.is_static else router_name(layer))
+    hidden = tensor.shape[-1] if tensor is not None and tensor.dim() else 0
+    experts = tensor.shape[0] if tensor is not None and config.target == "expert" else None
+    return BaseShape("", config.layers[-1] + 1, hidden, experts)
 
 
 def _notes(directory: Path) -> list[str]:
@@ -110,19 +128,27 @@ def _notes(directory: Path) -> list[str]:
     ]
 
 
-def _describe_layer(layer: int, config: ModConfig, weight: Tensor | None) -> dict[str, Any]:
+def _describe_layer(layer: int, config: ModConfig, weight: Tensor | None, patch: Patch | None) -> dict[str, Any]:
     if layer not in config.layers:
         return {"layer": layer, "routed": False}
+    found: dict[str, Any] = {"layer": layer, "routed": True}
     if weight is None:  # a static granularity
-        return {"layer": layer, "routed": True, "threshold": None}
-    return {
-        "layer": layer,
-        "routed": True,
-        "threshold": config.thresholds[config.layers.index(layer)],
-        "router_norm": weight.double().norm().item(),
-        "shape": list(weight.shape),
-        "dtype": str(weight.dtype).removeprefix("torch."),
-    }
+        found["threshold"] = None
+    else:
+        found[config.criterion] = config.limits[config.layers.index(layer)]
+        found["router_norm"] = weight.double().norm().item()
+        found |= {"shape": list(weight.shape), "dtype": str(weight.dtype).removeprefix("torch.")}
+    if patch is not None:
+        found |= {"patch_bias_norm": patch.bias.double().norm().item(), "patch_map_norm": _map_norm(patch)}
+    return found
+
+
+def _map_norm(patch: Patch) -> float:
+    """Frobenius norm of `up down`, without making that `[hidden, hidden]`."""
+    if patch.up is None or patch.down is None:
+        return 0.0
+    up, down = patch.up.double(), patch.down.double()
+    return ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt().item()
 
 
 def _table(report: dict[str, Any]) -> str:
@@ -133,24 +159,34 @@ def _table(report: dict[str, Any]) -> str:
         "checkpoint": f"{report['path']} ({report['kind']})",
         "architecture": report["architecture"],
         "base model": report["base_model"],
-        "granularity": f"{report['granularity']} ({_in_words(report['granularity'])})",
+        "granularity": f"{report['granularity']} ({_in_words(report)})",
         "routed layers": f"{len(routed)}{of_all}",
         "target capacity": report["target_capacity"],
     }
+    if report["patch"]:
+        facts["patch"] = f"rank {report['patch']['rank']}, in place of what is skipped"
     lines = [f"{name:<17}{'not recorded' if value is None else value}" for name, value in facts.items()]
-    header = ("layer", "routed", "threshold", "router norm", "shape", "dtype")
-    rows = [header, *(_cells(row) for row in layers)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    criterion = "cutoff" if any("cutoff" in row for row in routed) else "threshold"
+    rows = [("layer", "routed", criterion, "router norm", "shape", "dtype"), *(_cells(row) for row in layers)]
+    if report["patch"]:
+        norms = [tuple(f"{row[k]:.4g}" if k in row else "" for k in _PATCH_NORMS) for row in layers]
+        rows = [(*row, *norm) for row, norm in zip(rows, [tuple(_PATCH_NORMS.values()), *norms], strict=True)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines.append("")
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines += ["", *(f"note: {note}" for note in report["notes"])] if report["notes"] else []
     return "\n".join(lines)
 
 
-def _in_words(granularity: str) -> str:
-    target, level = granularity.split("_")
+_PATCH_NORMS = {"patch_bias_norm": "patch bias norm", "patch_map_norm": "patch map norm"}
+
+
+def _in_words(report: dict[str, Any]) -> str:
+    target, level = report["granularity"].split("_")
     what = {"attn": "self-attention", "mlp": "MLP", "block": "attention and MLP", "expert": "experts"}[target]
     how = {"token": "decided per token", "sequence": "decided once per request", "static": "always skipped"}[level]
+    if report["window"]:
+        how += f" by its first {report['window']} prompt tokens, which always run"
     return f"{what}, {how}"
 
 
@@ -158,9 +194,10 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     layer = str(row["layer"])
     if not row["routed"]:
         return (layer, "no", "", "", "", "")
-    if row["threshold"] is None:
+    limit = row.get("cutoff", row.get("threshold"))
+    if limit is None:
         return (layer, "always skipped", "", "", "", "")
-    return (layer, "yes", f"{row['threshold']:g}", f"{row['router_norm']:.4g}", str(row["shape"]), row["dtype"])
+    return (layer, "yes", f"{limit:g}", f"{row['router_norm']:.4g}", str(row["shape"]), row["dtype"])
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,10 +6,14 @@ Shared by training and serving, so it imports neither vLLM nor torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from .schema import ConfigError as ConfigError
+from .schema import Strict
 
 Granularity = Literal[
     "attn_token",
@@ -36,53 +40,57 @@ ARCHITECTURES: dict[str, str] = {
 }
 
 
-class ConfigError(ValueError):
-    """A setting or file the user can mend; the message is one line and says how."""
+def _numbers(value: Any, check: Callable[[float], None]) -> float | tuple[float, ...]:
+    """One number, or one per layer, each of them checked."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    for v in values:
+        if type(v) not in (int, float):  # to Python, True is a number
+            raise ValueError("a number, or a list with one number per entry of 'layers', is needed")
+        check(v)
+    return tuple(map(float, value)) if isinstance(value, (list, tuple)) else float(value)
 
 
-def _one_line(error: ValidationError, where: str) -> str:
-    problems = []
-    for e in error.errors():
-        key = ".".join(str(k) for k in e["loc"])
-        if not key:
-            problems.append(e["msg"].removeprefix("Value error, "))
-        elif e["type"] == "extra_forbidden":
-            problems.append(f"unknown key '{key}'")
-        elif e["type"] == "missing":
-            problems.append(f"key '{key}' is required")
-        else:
-            problems.append(f"key '{key}': {e['msg'].removeprefix('Value error, ')} (got {e['input']!r})")
-    return f"{where}: " + "; ".join(problems)
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    @classmethod
-    def parse(cls, data: Any, where: str) -> Any:
-        """Validate `data`; raises ConfigError that names the key and what is allowed."""
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            allowed = ", ".join(cls.model_fields)
-            raise ConfigError(f"{_one_line(error, where)}. Known keys: {allowed}.") from None
-
-
-def _check_threshold(value: float) -> float:
+def _check_threshold(value: float) -> None:
     if not 0.0 <= value <= 1.0:  # also refuses NaN
         raise ValueError("a threshold is a number from 0 (keep everything) to 1 (skip everything)")
-    return value
+
+
+def _check_cutoff(value: float) -> None:
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        finite = False
+    if not finite:
+        raise ValueError("a cutoff is a finite number; to keep or skip everything give 'threshold' 0 or 1")
+
+
+#: One number for all routed layers, or one for each.
+Thresholds = Annotated[float | tuple[float, ...], BeforeValidator(partial(_numbers, check=_check_threshold))]
+Cutoffs = Annotated[float | tuple[float, ...], BeforeValidator(partial(_numbers, check=_check_cutoff))]
+
+
+class PatchConfig(Strict):
+    """What a skipped sublayer adds: `U (D x) + b`, see `gate.apply_patch`."""
+
+    rank: int = Field(ge=0, description="rows of D and columns of U; 0: the bias b alone")
 
 
 class ModConfig(Strict):
     """The `mod_config` object of a checkpoint's `config.json`."""
 
-    version: Literal[1] = Field(description="schema version of this object")
+    version: Literal[1, 2] = Field(description="schema version of this object; 2 for cutoff, window and patch")
     granularity: Granularity = Field(description="'<target>_<level>': what is skipped, and per what")
     layers: tuple[int, ...] = Field(strict=False, description="routed decoder layers, ascending")
-    threshold: float | tuple[float, ...] = Field(
-        0.5, description="keep where sigmoid(score) >= threshold; one number, or one per layer"
+    threshold: Thresholds | None = Field(
+        0.5, description="keep where sigmoid(score) >= threshold; one number, or one per layer; None beside a cutoff"
     )
+    cutoff: Cutoffs | None = Field(
+        None, description="in place of threshold: keep where score >= cutoff; one number, or one per layer"
+    )
+    window: int | None = Field(
+        None, description="decide by the first tokens, so many at most, and run them dense; None: by the whole prompt"
+    )
+    patch: PatchConfig | None = Field(None, description="what a skipped sublayer adds; None: nothing")
     target_capacity: float | None = Field(None, ge=0, le=1, description="kept ratio asked for in training")
     base_model: str | None = Field(None, description="the model the routers were trained on")
 
@@ -90,8 +98,22 @@ class ModConfig(Strict):
     @classmethod
     def _version(cls, version: Any) -> Any:
         if type(version) is not int:  # to Python, True and 1.0 equal 1
-            raise ValueError("the number 1 is needed")
+            raise ValueError("the number 1 or 2 is needed")
         return version
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_criterion(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        threshold = data.get("threshold")
+        if data.get("cutoff") is not None:
+            if threshold is not None:
+                raise ValueError("keys 'threshold' and 'cutoff' say the same thing twice; give one of them")
+            return data | {"threshold": None}
+        if "threshold" in data and threshold is None:
+            raise ValueError("key 'threshold': a number, or a list with one number per entry of 'layers', is needed")
+        return data
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -109,23 +131,32 @@ class ModConfig(Strict):
             raise ValueError("layers must ascend")
         return tuple(layers)
 
-    @field_validator("threshold", mode="before")
+    @field_validator("window", mode="before")
     @classmethod
-    def _threshold(cls, value: Any) -> Any:
-        values = value if isinstance(value, (list, tuple)) else [value]
-        for v in values:
-            if type(v) not in (int, float):
-                raise ValueError("a number, or a list with one number per entry of 'layers', is needed")
-            _check_threshold(v)
-        return tuple(map(float, value)) if isinstance(value, (list, tuple)) else float(value)
+    def _window(cls, value: Any) -> Any:
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError("a number of tokens, 1 or more, is needed")
+        return value
 
     @model_validator(mode="after")
-    def _lengths(self) -> ModConfig:
-        if isinstance(self.threshold, tuple) and len(self.threshold) != len(self.layers):
-            raise ValueError(
-                f"'threshold' lists {len(self.threshold)} numbers for {len(self.layers)} routed layers; "
-                "give one number, or one per layer"
-            )
+    def _belongs_together(self) -> ModConfig:
+        for key in ("threshold", "cutoff"):
+            value = getattr(self, key)
+            if isinstance(value, tuple) and len(value) != len(self.layers):
+                raise ValueError(
+                    f"'{key}' lists {len(value)} numbers for {len(self.layers)} routed layers; "
+                    "give one number, or one per layer"
+                )
+        if self.version == 1:
+            for key in ("cutoff", "window", "patch"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"key '{key}' needs 'version' 2")
+        if self.cutoff is not None and self.is_static:
+            raise ValueError(f"key 'cutoff' needs routers, and {self.granularity} has none")
+        if self.window is not None and self.level != "sequence":
+            raise ValueError(f"key 'window' needs a granularity *_sequence (got {self.granularity!r})")
+        if self.patch is not None and self.target == "expert":
+            raise ValueError(f"key 'patch': {self.granularity} has none; attn_*, mlp_* and block_* may have one")
         return self
 
     @property
@@ -153,14 +184,33 @@ class ModConfig(Strict):
         return self.level == "sequence" or self.packs_kv
 
     @property
-    def thresholds(self) -> tuple[float, ...]:
-        """One threshold per entry of `layers`."""
-        return self.threshold if isinstance(self.threshold, tuple) else (self.threshold,) * len(self.layers)
+    def criterion(self) -> Literal["threshold", "cutoff"]:
+        """The key that says what is kept."""
+        return "threshold" if self.cutoff is None else "cutoff"
+
+    @property
+    def limits(self) -> tuple[float, ...]:
+        """The criterion's value per entry of `layers`: thresholds, or cutoffs."""
+        value = self.threshold if self.cutoff is None else self.cutoff
+        assert value is not None
+        return value if isinstance(value, tuple) else (value,) * len(self.layers)
 
     @property
     def cutoffs(self) -> tuple[float, ...]:
-        """`logit(threshold)` per entry of `layers`: a sublayer is kept where `w . x >= cutoff`."""
-        return tuple(logit(t) for t in self.thresholds)
+        """Per entry of `layers`: a sublayer is kept where `w . x >= cutoff`; infinite for the thresholds 0 and 1."""
+        return self.limits if self.cutoff is not None else tuple(logit(t) for t in self.limits)
+
+    def with_threshold(self, threshold: Any, where: str = "threshold") -> ModConfig:
+        """The same routing by other thresholds, which replace a cutoff, too. Raises ConfigError on a bad value."""
+        return self._by("threshold", threshold, where)
+
+    def with_cutoff(self, cutoff: Any, where: str = "cutoff") -> ModConfig:
+        """The same routing by other cutoffs, as version 2. Raises ConfigError on a bad value."""
+        return self._by("cutoff", cutoff, where, version=2)
+
+    def _by(self, criterion: str, value: Any, where: str, **more: Any) -> ModConfig:
+        others = {k: v for k, v in self.to_dict().items() if k not in ("threshold", "cutoff")}
+        return ModConfig.parse(others | more | {criterion: value}, where)
 
     def check_fits(
         self, num_layers: int, num_experts: int | None = None, dense_layers: Collection[int] = ()
@@ -195,7 +245,9 @@ class ModConfig(Strict):
 class EngineKnobs(Strict):
     """`--additional-config '{"mod": {...}}'`."""
 
-    threshold: Any = Field(None, description="overrides the checkpoint's; one number, or one per routed layer")
+    threshold: Any = Field(
+        None, description="overrides the checkpoint's threshold or cutoff; one number, or one per routed layer"
+    )
     force: Literal["keep", "skip"] | None = Field(None, description="every router answers that")
     kv_reclaim: bool = Field(True, description="give back the KV pages of skipped layers")
 
@@ -205,7 +257,7 @@ class EngineKnobs(Strict):
         return cls.parse(data, "--additional-config: mod")
 
     def apply(self, config: ModConfig) -> ModConfig:
-        """The checkpoint's config with this engine's thresholds."""
+        """The checkpoint's config with this engine's thresholds; raises ConfigError."""
         if config.is_static:
             if self.threshold is not None or self.force is not None:
                 raise ConfigError(
@@ -219,7 +271,7 @@ class EngineKnobs(Strict):
             threshold = self.threshold
         else:
             return config
-        return ModConfig.parse(config.model_dump() | {"threshold": threshold}, "--additional-config: mod")
+        return config.with_threshold(threshold, "--additional-config: mod")
 
 
 def logit(p: float) -> float:
@@ -229,6 +281,11 @@ def logit(p: float) -> float:
     if p >= 1.0:
         return math.inf
     return math.log(p / (1.0 - p))
+
+
+def sigmoid(x: float) -> float:
+    """Inverse of `logit`, as well as a float can tell: 1.0 from 37 on."""
+    return 1.0 / (1.0 + math.exp(-x)) if x >= 0 else math.exp(x) / (1.0 + math.exp(x))
 
 
 def default_layers(num_layers: int) -> list[int]:

@@ -36,6 +36,8 @@ def mod_config(vllm_config: VllmConfig) -> ModConfig:
     if data is None:
         raise ConfigError(f"{where} is missing; architecture {hf_config.architectures} needs it")
     config = ModConfig.parse(data, where)
+    if config.window is not None or config.patch is not None:
+        raise ConfigError(f"{where}: keys 'window' and 'patch' are trained, and not served yet")
     shape = BaseShape.of(hf_config.to_dict(), where)
     config.check_fits(shape.num_layers, shape.num_experts, shape.dense_layers)
     return EngineKnobs.from_additional_config(vllm_config.additional_config).apply(config)
@@ -253,6 +255,7 @@ def log_routing(vllm_config: VllmConfig, config: ModConfig) -> None:
     layers = ", ".join(map(str, config.layers))
     logger.info("%s: %d of %d layers routed: %s", config.granularity, len(config.layers), total, layers)
     if not config.is_static:
-        thresholds = sorted(set(config.thresholds))
-        text = str(thresholds[0]) if len(thresholds) == 1 else ", ".join(f"{t:g}" for t in config.thresholds)
-        logger.info("%s: kept where sigmoid(w . x) >= %s", config.granularity, text)
+        score = "sigmoid(w . x)" if config.criterion == "threshold" else "w . x"
+        one = len(set(config.limits)) == 1
+        text = str(config.limits[0]) if one else ", ".join(f"{limit:g}" for limit in config.limits)
+        logger.info("%s: kept where %s >= %s", config.granularity, score, text)

@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .config import ConfigError, ModConfig
+
+if TYPE_CHECKING:
+    from .calibration import Calibration
 
 #: Okabe and Ito's colours, which everybody can tell apart; markers say the same again.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -23,13 +26,13 @@ class CannotDraw(Exception):
 
 @dataclass(frozen=True)
 class Record:
-    """The statistics of one checkpoint; a file that is not there is an empty dict."""
+    """The statistics of one checkpoint; a file that is not there is an empty dict, or None."""
 
     name: str
     config: ModConfig
     num_layers: int
     log: dict[str, Any] = field(default_factory=dict)
-    calibration: dict[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = None
     evaluation: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -40,7 +43,8 @@ class Record:
     @property
     def kept_per_layer(self) -> dict[int, float]:
         """As calibrated last, else as trained."""
-        found = self.calibration.get("kept_per_layer") or self.held_out.get("kept_per_layer") or {}
+        calibrated = self.calibration.kept_per_layer if self.calibration else {}
+        found = calibrated or self.held_out.get("kept_per_layer") or {}
         return {int(layer): ratio for layer, ratio in found.items()}
 
     @property
@@ -55,6 +59,7 @@ class Record:
 
 def read_record(directory: Path) -> Record:
     """Raises ConfigError unless `directory` is a checkpoint."""
+    from .calibration import read_calibration
     from .checkpoint import read_json, read_mod_config
 
     if not directory.is_dir():
@@ -71,7 +76,7 @@ def read_record(directory: Path) -> Record:
         config=config,
         num_layers=max(num_layers, config.layers[-1] + 1),
         log=stored("trainer_log.json"),
-        calibration=stored("calibration.json"),
+        calibration=read_calibration(directory, config),
         evaluation=stored("evaluation.json"),
     )
 

@@ -9,6 +9,7 @@ import torch
 
 from vllm_mod.checkpoint import BaseShape, read_json, write_checkpoint
 from vllm_mod.config import ModConfig
+from vllm_mod.tensors import Patch
 
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
@@ -91,14 +92,31 @@ def random_routers(
     return {layer: scale * torch.randn(rows, hidden_size, generator=generator) for layer in config.layers}
 
 
+def random_patches(config: ModConfig, hidden_size: int, *, seed: int = 0, scale: float = 0.3) -> dict[int, Patch]:
+    """Patches that no answer is the same without; none where the config has none."""
+    if config.patch is None:
+        return {}
+    generator, rank = torch.Generator().manual_seed(seed + 1), config.patch.rank
+
+    def made(*shape: int) -> torch.Tensor:
+        return scale * torch.randn(*shape, generator=generator)
+
+    return {
+        layer: Patch(made(hidden_size), *((made(rank, hidden_size), made(hidden_size, rank)) if rank else ()))
+        for layer in config.layers
+    }
+
+
 def routed_checkpoint(
     base: Path, output: Path, granularity: str, layers: Sequence[int], *, seed: int = 0, **config: Any
 ) -> Path:
-    """`base` with random routers in front of `layers`; `config` are further keys of `mod_config`."""
-    mod = ModConfig.parse({"version": 1, "granularity": granularity, "layers": list(layers), **config}, "test")
+    """`base` with random routers (and patches) at `layers`; `config` are further keys of `mod_config`."""
+    version = 2 if config.keys() & {"cutoff", "window", "patch"} else 1
+    mod = ModConfig.parse({"version": version, "granularity": granularity, "layers": list(layers), **config}, "test")
     shape = BaseShape.of(read_json(base / "config.json"), str(base))
     rows = (shape.num_experts or 0) if mod.target == "expert" else 1
-    return write_checkpoint(base, output, mod, random_routers(mod, shape.hidden_size, rows=rows, seed=seed))
+    routers = random_routers(mod, shape.hidden_size, rows=rows, seed=seed)
+    return write_checkpoint(base, output, mod, routers, patches=random_patches(mod, shape.hidden_size, seed=seed))
 
 
 def edit_json(path: Path, **changes: Any) -> None:

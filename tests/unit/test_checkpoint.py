@@ -22,13 +22,15 @@ from vllm_mod.checkpoint import (
     load_router_tensors,
     read_json,
     read_mod_config,
+    read_patches,
     read_routers,
     router_name,
     write_checkpoint,
+    write_mod_config,
     write_routers,
-    write_thresholds,
 )
 from vllm_mod.config import ARCHITECTURES, ConfigError, ModConfig
+from vllm_mod.tensors import Patch
 
 SHAPE = BaseShape("LlamaForCausalLM", num_layers=6, hidden_size=8, num_experts=None)
 
@@ -83,10 +85,17 @@ class TestWrite:
         assert back.keys() == {2, 4}
         assert all(torch.equal(back[i], w) and back[i].dtype == dtype for i, w in routers(dtype=dtype).items())
 
+    def test_layers_may_share_memory(self, tmp_path):
+        one = torch.ones(3, 8)
+        shared, views = dict.fromkeys((2, 4), one[:1]), {2: one[1:2], 4: one[:, :8].T.reshape(8, 3).T[2:]}
+        for number, weights in enumerate((shared, views)):
+            out = write_routers(tmp_path / str(number), mod_config(), weights)
+            assert all(torch.equal(w, torch.ones(1, 8)) for w in read_routers(out, mod_config(), SHAPE).values())
+
     def test_router_only_directory(self, tmp_path):
         out = write_routers(tmp_path / "deep" / "routers", mod_config(threshold=[0.4, 0.6]), routers())
         assert tree(out) == [ROUTER_CONFIG_FILE, ROUTERS_FILE]
-        assert read_mod_config(out).thresholds == (0.4, 0.6)
+        assert read_mod_config(out).threshold == (0.4, 0.6)
         assert torch.equal(read_routers(out, read_mod_config(out), SHAPE)[4], routers()[4])
 
     def test_a_static_checkpoint_has_no_routers(self, bare_base, tmp_path):
@@ -401,7 +410,7 @@ class TestWhereRoutersLie:
 def test_what_is_routed_is_said_in_one_place(full):
     """vLLM reads config.json: thresholds that are set in another file would change nothing."""
     (full / ROUTER_CONFIG_FILE).write_text(json.dumps(mod_config(threshold=0.9).to_dict()))
-    for read in (read_mod_config, lambda d: write_thresholds(d, 0.3), load_router_tensors):
+    for read in (read_mod_config, lambda d: write_mod_config(d, mod_config(threshold=0.3)), load_router_tensors):
         with pytest.raises(ConfigError, match=f"config.json and {ROUTER_CONFIG_FILE} both say what is routed; remove"):
             read(full)
 
@@ -409,7 +418,7 @@ def test_what_is_routed_is_said_in_one_place(full):
 def test_a_config_of_the_base_beside_routers_alone(tmp_path, bare_base):
     out = write_routers(tmp_path / "routers", mod_config(), routers())
     shutil.copy(bare_base / "config.json", out / "config.json")
-    write_thresholds(out, 0.25)
+    write_mod_config(out, mod_config(threshold=0.25))
     assert read_mod_config(out).threshold == 0.25
     assert read_json(out / "config.json") == read_json(bare_base / "config.json")
 
@@ -436,11 +445,13 @@ def test_routers_of_a_mixture_of_experts_are_not_ours(tmp_path):
     assert load_router_tensors(tmp_path)[1].keys() == {router_name(2)}
 
 
-def test_a_config_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "config.json"
-    path.write_text('{"mod_config": {"version": 1, "granularity": "attn_token", "layers": [1, 2]}, "x": 1}')
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_config_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, alone):
+    path = tmp_path / (ROUTER_CONFIG_FILE if alone else "config.json")
+    old = {"version": 1, "granularity": "attn_sequence", "layers": [1, 2], "threshold": 0.5}
+    path.write_text(json.dumps(old if alone else {"mod_config": old, "x": 1}))
     (tmp_path / "linked.json").hardlink_to(path)
-    before = path.read_text()
+    before, new = path.read_text(), mod_config(layers=[1, 2], version=2, cutoff=[0.25, -40], window=7)
 
     def fail(*_: object) -> None:
         raise OSError("disk full")
@@ -448,11 +459,133 @@ def test_a_config_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     with monkeypatch.context() as context:
         context.setattr(os, "replace", fail)
         with pytest.raises(ConfigError, match="disk full; it is as it was"):
-            write_thresholds(tmp_path, [0.25, 0.75])
+            write_mod_config(tmp_path, new)
     assert path.read_text() == before and len(list(tmp_path.iterdir())) == 2
-    write_thresholds(tmp_path, [0.25, 0.75])
-    assert read_mod_config(tmp_path).threshold == (0.25, 0.75)
-    assert json.loads(path.read_text())["x"] == 1
+    write_mod_config(tmp_path, new)
+    assert read_mod_config(tmp_path) == new
+    assert json.loads(path.read_text()) == (new.to_dict() if alone else {"mod_config": new.to_dict(), "x": 1})
     assert (tmp_path / "linked.json").read_text() == before
-    with pytest.raises(ConfigError, match="threshold"):
-        write_thresholds(tmp_path, 1.5)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}", "NaN"])
+def test_json_beyond_what_python_reads(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.json: (cannot be read|a JSON object is needed)") as error:
+        read_json(tmp_path / "config.json")
+    one_line(error)
+
+
+# ---------------------------------------------------------------- patches
+
+PATCHED = {"version": 2, "patch": {"rank": 3}}
+
+
+def patches(layers=(2, 4), rank=3, dtype=torch.float32):
+    def filled(*shape, by):
+        return torch.arange(1, 1 + torch.Size(shape).numel(), dtype=dtype).view(shape) * by
+
+    return {
+        i: Patch(filled(8, by=i), *((filled(rank, 8, by=-i), filled(8, rank, by=0.5)) if rank else ())) for i in layers
+    }
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    for layer, patch in expected.items():
+        for part in ("bias", "down", "up"):
+            a, b = getattr(found[layer], part), getattr(patch, part)
+            assert (a is None) == (b is None)
+            assert a is None or (torch.equal(a, b) and a.dtype == b.dtype)
+
+
+class TestPatches:
+    @pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_token", "block_static"])
+    @pytest.mark.parametrize("rank", [0, 1, 3])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_they_come_back_as_written(self, bare_base, tmp_path, granularity, rank, dtype):
+        config = mod_config(version=2, granularity=granularity, patch={"rank": rank})
+        weights = {} if config.is_static else routers()
+        full = write_checkpoint(bare_base, tmp_path / "full", config, weights, patches=patches(rank=rank, dtype=dtype))
+        alone = write_routers(tmp_path / "routers", config, weights, patches(rank=rank, dtype=dtype))
+        for directory in (full, alone):
+            assert read_mod_config(directory) == config
+            assert read_routers(directory, config, SHAPE).keys() == weights.keys()
+            assert_equal(read_patches(directory, config, SHAPE), patches(rank=rank, dtype=dtype))
+
+    def test_the_index_and_the_file_have_the_names_of_the_format(self, bare_base, tmp_path):
+        config = mod_config(**PATCHED)
+        full = write_checkpoint(bare_base, tmp_path / "full", config, routers(), patches=patches())
+        names = {
+            f"model.layers.{i}.router.{part}": shape
+            for i in (2, 4)
+            for part, shape in {
+                "weight": [1, 8], "patch.bias": [8], "patch.down.weight": [3, 8], "patch.up.weight": [8, 3],
+            }.items()
+        }  # fmt: skip
+        assert {n: list(t.shape) for n, t in load_file(full / ROUTERS_FILE).items()} == names
+        files = read_json(full / INDEX_FILE)["weight_map"]
+        assert {name for name, file in files.items() if file == ROUTERS_FILE} == set(names)
+
+    def test_patches_of_an_earlier_export_are_left_out(self, bare_base, tmp_path):
+        config = mod_config(**PATCHED)
+        full = write_checkpoint(bare_base, tmp_path / "full", config, routers(), patches=patches())
+        out = write_checkpoint(full, tmp_path / "out", mod_config(), routers())
+        assert not [name for name in read_json(out / INDEX_FILE)["weight_map"] if "patch" in name]
+
+    def test_a_config_without_patches_has_none(self, full):
+        assert read_patches(full, mod_config(), SHAPE) == {}
+
+    NAME = "model.layers.4.router.patch."
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            (lambda t, n: t.pop(n + "bias"), "router tensor {n}bias is missing (1 in all)"),
+            (lambda t, n: t.pop(n + "up.weight"), "router tensor {n}up.weight is missing (1 in all)"),
+            (lambda t, n: t.pop(n + "down.weight"), "router tensor {n}down.weight is missing (1 in all)"),
+            (lambda t, n: t.update({n + "scale": torch.ones(1)}), "{n}scale is no part of a patch of rank 3"),
+            (lambda t, n: t.update({n.replace("4", "5") + "bias": torch.ones(8)}), "5.router.patch.bias belongs to no"),
+            (lambda t, n: t.update({n + "bias": torch.ones(1, 8)}), "{n}bias has shape [1, 8], this model needs [8]"),
+            (lambda t, n: t.update({n + "bias": torch.ones(9)}), "needs [8]; the routers belong to another base"),
+            (
+                lambda t, n: t.update({n + "down.weight": torch.ones(2, 8)}),
+                "{n}down.weight has shape [2, 8], this model needs [3, 8]; key 'patch' says rank 3",
+            ),
+            (
+                lambda t, n: t.update({n + "up.weight": torch.ones(8, 4)}),
+                "{n}up.weight has shape [8, 4], this model needs [8, 3]; key 'patch' says rank 3",
+            ),
+            (lambda t, n: t.update({n + "bias": torch.ones(8).int()}), "{n}bias is torch.int32, a float type"),
+            (lambda t, n: t[n + "up.weight"][0].fill_(torch.nan), "{n}up.weight has values that are not finite"),
+            (lambda t, n: t[n + "bias"][3:].fill_(-torch.inf), "{n}bias has values that are not finite"),
+        ],
+    )
+    @pytest.mark.parametrize("granularity", ["attn_sequence", "attn_static"])
+    def test_bad_ones_name_file_and_tensor(self, bare_base, tmp_path, granularity, change, said):
+        config = mod_config(granularity=granularity, **PATCHED)
+        weights = {} if config.is_static else routers()
+        out = write_checkpoint(bare_base, tmp_path / "out", config, weights, patches=patches())
+        tensors = load_file(out / ROUTERS_FILE)
+        change(tensors, self.NAME)
+        save_file(tensors, out / ROUTERS_FILE)
+        for read in (read_routers, read_patches):
+            with pytest.raises(ConfigError) as error:
+                read(out, read_mod_config(out), SHAPE)
+            assert said.format(n=self.NAME) in one_line(error)
+            assert str(out / ROUTERS_FILE) in str(error.value)
+
+    def test_tensors_that_the_config_does_not_name(self, bare_base, tmp_path):
+        out = write_checkpoint(bare_base, tmp_path / "out", mod_config(**PATCHED), routers(), patches=patches())
+        for config, said in (
+            (mod_config(), r"patch\.bias is part of a patch, and mod_config has no key 'patch'"),
+            (mod_config(version=2, patch={"rank": 0}), r"down\.weight is no part of a patch of rank 0 \(key 'patch'\)"),
+        ):
+            with pytest.raises(ConfigError, match=said):
+                read_routers(out, config, SHAPE)
+
+    @pytest.mark.parametrize("given", [{}, patches(layers=[2]), patches(rank=2), patches(rank=0)])
+    def test_a_write_that_lacks_them_is_refused(self, bare_base, tmp_path, given):
+        before = tree(tmp_path)
+        with pytest.raises(ConfigError, match=r"patch\.\w+(\.weight)? (is missing|has shape)"):
+            write_checkpoint(bare_base, tmp_path / "out", mod_config(**PATCHED), routers(), patches=given)
+        assert tree(tmp_path) == before

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from vllm_mod.checkpoint import ROUTERS_FILE, router_name, write_checkpoint, write_routers
 from vllm_mod.cli import main
 from vllm_mod.config import ModConfig
+from vllm_mod.tensors import Patch
 
 CONFIG = ModConfig.parse(
     {
@@ -68,7 +69,10 @@ def test_json_of_a_full_checkpoint(capsys, full):
         "num_layers": 6,
         "hidden_size": 8,
         "base_model": "meta-llama/Llama",
+        "version": 1,
         "granularity": "attn_sequence",
+        "window": None,
+        "patch": None,
         "target_capacity": 0.5,
     }
     assert [row["layer"] for row in layers if row["routed"]] == [2, 4]
@@ -124,6 +128,45 @@ def test_static_checkpoint(capsys, bare_base, tmp_path):
     out = write_checkpoint(bare_base, tmp_path / "out", config, {})
     assert inspect(capsys, out).count("always skipped") == 3  # in words, and two layers
     assert json.loads(inspect(capsys, out, "--json"))["layers"][1] == {"layer": 1, "routed": True, "threshold": None}
+
+
+VERSION_2 = {"version": 2, "window": 16, "cutoff": [-40.5, 3], "patch": {"rank": 2}}
+
+
+def test_window_cutoffs_and_patches(capsys, bare_base, tmp_path):
+    config = ModConfig.parse({k: v for k, v in CONFIG.to_dict().items() if k != "threshold"} | VERSION_2, "test")
+    patch = Patch(torch.full((8,), 0.5), torch.eye(2, 8), 2 * torch.eye(8, 2))
+    patches = {2: patch, 4: Patch(torch.zeros(8), torch.eye(2, 8), torch.zeros(8, 2))}
+    full = write_checkpoint(bare_base, tmp_path / "full", config, ROUTERS, patches=patches)
+    alone = write_routers(tmp_path / "routers", config, ROUTERS, patches)
+    for directory in (full, alone):
+        report = json.loads(inspect(capsys, directory, "--json"))
+        assert (report["version"], report["window"], report["patch"]) == (2, 16, {"rank": 2})
+        first, second = (row for row in report["layers"] if row["routed"])
+        assert (first["cutoff"], second["cutoff"]) == (-40.5, 3) and "threshold" not in first
+        assert first["patch_bias_norm"] == pytest.approx(2**0.5)
+        assert first["patch_map_norm"] == pytest.approx(torch.linalg.norm(patch.up @ patch.down).item())
+        assert (second["patch_bias_norm"], second["patch_map_norm"], second["router_norm"]) == (0, 0, 0)
+        text = inspect(capsys, directory)
+        assert "decided once per request by its first 16 prompt tokens, which always run" in text
+        assert "patch            rank 2, in place of what is skipped" in text
+        header, row = (next(x for x in text.splitlines() if x.startswith(start)) for start in ("layer", "2 "))
+        assert " ".join(header.split()) == "layer routed cutoff router norm shape dtype patch bias norm patch map norm"
+        assert row.split() == ["2", "yes", "-40.5", "1.414", "[1,", "8]", "float32", "1.414", "2.828"]
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_static_checkpoint_may_have_patches(capsys, bare_base, tmp_path, rank):
+    config = ModConfig(version=2, granularity="attn_static", layers=(1,), patch={"rank": rank})
+    patches = {1: Patch(torch.ones(8), *((torch.ones(3, 8), torch.ones(8, 3)) if rank else ()))}
+    full = write_checkpoint(bare_base, tmp_path / "full", config, {}, patches=patches)
+    alone = write_routers(tmp_path / "routers", config, {}, patches)
+    for directory in (full, alone):
+        report = json.loads(inspect(capsys, directory, "--json"))
+        assert (report["hidden_size"], report["patch"]) == (8, {"rank": rank})
+        (row,) = (row for row in report["layers"] if row["routed"])
+        assert row["threshold"] is None and row["patch_map_norm"] == pytest.approx(24.0 if rank else 0.0)
+        assert "1      always skipped" in inspect(capsys, directory)
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])

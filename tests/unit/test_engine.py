@@ -62,6 +62,26 @@ def test_log_names_layers_and_thresholds(base: Path, tmp_path: Path, monkeypatch
     ]
 
 
+def test_log_names_cutoffs(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_mod import engine
+
+    lines: list[str] = []
+    monkeypatch.setattr(engine.logger, "info", lambda message, *args: lines.append(message % args))
+    checkpoint = routed_checkpoint(base, tmp_path / "c", "mlp_token", LAYERS, cutoff=[40.5, -2])
+    settings(checkpoint)
+    settings(checkpoint, {"threshold": 0.25})
+    kept = [line for line in lines if "kept where" in line]
+    assert kept == ["mlp_token: kept where w . x >= 40.5, -2", "mlp_token: kept where sigmoid(w . x) >= 0.25"]
+
+
+@pytest.mark.parametrize(
+    ("granularity", "keys"), [("attn_sequence", {"window": 4}), ("block_static", {"patch": {"rank": 2}})]
+)
+def test_what_is_not_served_yet_is_refused(base: Path, tmp_path: Path, granularity: str, keys: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="keys 'window' and 'patch' are trained, and not served yet"):
+        settings(routed_checkpoint(base, tmp_path / "c", granularity, LAYERS, **keys))
+
+
 def test_static_needs_nothing(base: Path, tmp_path: Path) -> None:
     config = settings(routed_checkpoint(base, tmp_path / "c", "attn_static", LAYERS))
     assert config.kv_transfer_config is None

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_mod.config import logit
-from vllm_mod.gate import keeps, segment_means, token_scores
+from vllm_mod.gate import apply_patch, decision_lengths, keeps, segment_means, segment_sums, token_scores
 
 lengths_ = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 seeds = st.integers(0, 2**31)
@@ -65,6 +65,46 @@ def test_mean_of_scores_is_the_score_of_the_mean(length, seed):
     mean = segment_means(token_scores(x, weight), torch.tensor([length]))
     of_mean = (x.double().mean(0) * weight.double()[0]).sum()
     assert mean.item() == pytest.approx(of_mean.item(), abs=1e-5)
+
+
+@given(lengths=lengths_, seed=seeds, chunk=st.integers(1, 50))
+def test_a_window_may_come_in_chunks(lengths, seed, chunk):
+    """Partial sums, empty ones among them, add up to the same mean, to the last bit."""
+    scores, total = random(sum(lengths), seed=seed), torch.zeros(len(lengths), dtype=torch.float64)
+    for start in range(0, max(lengths), chunk):
+        parts = [part[start : start + chunk] for part in scores.split(lengths)]
+        total += segment_sums(torch.cat(parts), torch.tensor([len(part) for part in parts]))
+    assert torch.equal(total / torch.tensor(lengths), segment_means(scores, torch.tensor(lengths)))
+
+
+def test_sums_of_nothing():
+    assert segment_sums(torch.empty(0), torch.tensor([0, 0])).tolist() == [0.0, 0.0]
+    assert segment_sums(torch.empty(0), torch.empty(0, dtype=torch.int64)).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("window", "expected"), [(None, [1, 4, 9]), (1, [1, 1, 1]), (4, [1, 4, 4]), (5, [1, 4, 5]), (10**30, [1, 4, 9])]
+)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_a_decision_is_taken_from_at_most_the_prompt(window, expected, dtype):
+    assert decision_lengths(torch.tensor([1, 4, 9], dtype=dtype), window).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_patch_is_a_linear_map_in_the_dtype_of_its_input(dtype, stored):
+    x = random(2, 5, 16, dtype=dtype)
+    bias, down, up = (random(*shape, seed=i).to(stored) for i, shape in enumerate([(16,), (3, 16), (16, 3)], 1))
+    found = apply_patch(x, bias, down, up)
+    assert (found.dtype, found.shape) == (dtype, x.shape)
+    exact = x.double() @ (up.double() @ down.double()).T + bias.double()
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(found.double(), exact, atol=tolerance, rtol=tolerance)
+
+
+def test_a_patch_of_rank_0_is_its_bias():
+    x, bias = random(2, 5, 16, dtype=torch.bfloat16), random(16, seed=1)
+    assert torch.equal(apply_patch(x, bias), bias.bfloat16().expand(2, 5, 16))
 
 
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), min_size=1))

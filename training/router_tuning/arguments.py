@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -50,6 +51,11 @@ class RouterArguments:
         default=None,
         metadata={"help": "routed layers, such as `5 6 7` or `5-10`; default: the deepest half but the last one"},
     )
+    window: str = field(
+        default="none",
+        metadata={"help": "*_sequence: decide by the first W tokens of the prompt alone, which always run, so that "
+                  "prefixes can be shared; `none`: by the whole prompt"},
+    )  # fmt: skip
     target_capacity: float = field(default=0.5, metadata={"help": "kept ratio to reach, from 0 to 1"})
     capacity_loss: str = field(
         default="controller",
@@ -141,6 +147,7 @@ class ExportArguments:
                   "choices": list(GRANULARITIES)},
     )  # fmt: skip
     layers: list[str] | None = field(default=None, metadata={"help": "as for train"})
+    window: str = field(default="none", metadata={"help": "as for train; of routers that come without mod_config.json"})
     drop_attention: int | None = field(
         default=None,
         metadata={"help": "write an attn_static checkpoint that drops the N attentions which change their input least "
@@ -223,12 +230,20 @@ def parse_layers(words: Sequence[str] | None, num_layers: int) -> list[int]:
     return sorted(layers)
 
 
+def parse_window(word: str) -> int | None:
+    """`"64"` -> 64, `"none"` -> None; raises ConfigError."""
+    if word == "none":
+        return None
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", word):
+        raise ConfigError(f"--window: a number of tokens, 1 or more, or `none` is needed (got {word!r})")
+    return int(word)
+
+
 def make_mod_config(args: RouterArguments | ExportArguments, shape: BaseShape, **more: Any) -> ModConfig:
     """The flags as a config that fits the base model; raises ConfigError."""
-    layers = parse_layers(args.layers, shape.num_layers)
-    config: ModConfig = ModConfig.parse(
-        {"version": 1, "granularity": args.granularity, "layers": layers, **more}, "mod_config"
-    )
+    layers, window = parse_layers(args.layers, shape.num_layers), parse_window(args.window)
+    settings = {"version": 1} if window is None else {"version": 2, "window": window}
+    config = ModConfig.parse(settings | {"granularity": args.granularity, "layers": layers, **more}, "mod_config")
     config.check_fits(shape.num_layers, shape.num_experts, shape.dense_layers)
     return config
 

@@ -1,160 +1,48 @@
-"""`router-tuning calibrate`: thresholds from the scores on calibration data, so that the kept ratio is what is asked.
+"""`router-tuning calibrate`: the thresholds, or cutoffs, that keep what is asked, and a table of further kept ratios.
 
-A threshold is put between two neighbouring scores. Decisions of one layer change the scores of the next, so scores are
-collected again under the new thresholds until the kept ratio, measured with the real decisions, is as near as the
-number of samples allows. Per-layer thresholds settle layer by layer; a global one is a fixed point, found by bisection
-where later layers jump.
+See `fitting` for how they are found. What a sigmoid can express is written as `threshold`, in a version 1 checkpoint;
+otherwise it becomes version 2, which has `cutoff`.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from vllm_mod.checkpoint import BaseShape, is_router_only, read_mod_config, read_routers, write_thresholds
+from vllm_mod.calibration import Calibration, OperatingPoint, write_calibration
+from vllm_mod.checkpoint import (
+    BaseShape,
+    is_router_only,
+    read_mod_config,
+    read_patches,
+    read_routers,
+    write_mod_config,
+)
 from vllm_mod.config import ConfigError, ModConfig
-from vllm_mod.files import CONFIG_FILE, read_json, replace_json
+from vllm_mod.dial import ways_to_ask
+from vllm_mod.files import CONFIG_FILE, read_json
 
 from . import card
 from .arguments import CalibrateArguments
 from .data import Collator, check_sources, read_sources, split_tail, tokenize
+from .fitting import Measured, Meter, fit, thresholds_like
 from .hub import local_model
 from .lora import ADAPTER_DIR, load_adapter
-from .model import attach_routers, load_base, load_reference, routing, routing_of
+from .model import attach_routers, load_base, load_reference
+
+log = logging.getLogger(__name__)
 
 FEWEST_PROMPTS = 8
-#: Kept ratios this near to the target are not improved any further.
-NEAR_ENOUGH = 0.0005
-CALIBRATION_FILE = "calibration.json"
-Thresholds = float | list[float]
+Fitted = tuple[tuple[float, ...], Measured]
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One pass over the calibration data."""
-
-    #: All scores per routed layer, flat.
-    scores: dict[int, Tensor]
-    #: (kept, routed) pairs of every sample, float64 `[samples, 2]`, per routed layer.
-    pairs: dict[int, Tensor]
-
-    @property
-    def kept_per_layer(self) -> dict[int, float]:
-        return {layer: ratio(pairs) for layer, pairs in self.pairs.items()}
-
-    @property
-    def kept(self) -> float:
-        """Executed / routed over all layers."""
-        return ratio(self._samples)
-
-    @property
-    def standard_error(self) -> float:
-        """Of `kept`, from sample to sample: how far another draw of as many samples is expected to be."""
-        kept, routed = self._samples.unbind(-1)
-        number = len(kept)
-        return float((kept - self.kept * routed).std() * math.sqrt(number) / routed.sum()) if number > 1 else math.nan
-
-    @property
-    def _samples(self) -> Tensor:
-        return torch.stack(list(self.pairs.values())).sum(0)
-
-    def distance(self, target: float, per_layer: bool) -> float:
-        """How far from what was asked: the ratio, or that of the worst layer."""
-        found = self.kept_per_layer.values() if per_layer else [self.kept]
-        return max(abs(kept - target) for kept in found)
-
-
-def ratio(pairs: Tensor) -> float:
-    """`[samples, 2]` -> kept / routed."""
-    kept, routed = pairs.sum(0).tolist()
-    return kept / routed
-
-
-@torch.no_grad()
-def measure(model: Any, batches: Sequence[Mapping[str, Tensor]], config: ModConfig, title: str = "") -> Measured:
-    """Scores and decisions of a routed model under the thresholds of `config`."""
-    state = routing_of(model)
-    before, state.config = state.config, config
-    scores: dict[int, list[Tensor]] = {layer: [] for layer in config.layers}
-    pairs: dict[int, list[Tensor]] = {layer: [] for layer in config.layers}
-    try:
-        for batch in tqdm(batches, desc=title, unit="batch", leave=False, disable=None if title else True):
-            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            with routing(model, inputs.pop("prompt_mask")):
-                model(**inputs, logits_to_keep=1)  # logits are not needed
-            for layer, decision in state.decisions.items():
-                keep, valid = decision.keep, state.valid
-                counted = torch.ones_like(keep)
-                if valid is not None and keep.dim() > 1:
-                    counted = valid.view(*valid.shape, *[1] * (keep.dim() - 2)).expand_as(keep)
-                scores[layer].append(decision.score[counted].cpu())
-                both = torch.stack([keep & counted, counted], -1).view(len(keep), -1, 2)
-                pairs[layer].append(both.sum(1).double().cpu())
-    finally:
-        state.config = before
-    return Measured({i: torch.cat(s) for i, s in scores.items()}, {i: torch.cat(p) for i, p in pairs.items()})
-
-
-def threshold_for(scores: Tensor, target: float) -> float:
-    """The threshold that keeps `target` of `scores`, in the middle of the gap it lies in.
-
-    Equal scores are kept or skipped together: of the two ratios around the target the nearer one is taken.
-    """
-    ordered = scores.double().sort(descending=True).values
-    total = len(ordered)
-    wanted = target * total
-    keep = round(wanted)
-    if 0 < keep < total and ordered[keep - 1] == ordered[keep]:
-        first, last = (int((ordered > ordered[keep]).sum()), int((ordered >= ordered[keep]).sum()))
-        keep = first if wanted - first <= last - wanted else last
-    if keep == 0 or keep == total:
-        return float(keep == 0)
-    return float(torch.sigmoid((ordered[keep - 1] + ordered[keep]) / 2))
-
-
-def fit(
-    model: Any, batches: Sequence[Mapping[str, Tensor]], config: ModConfig, target: float, per_layer: bool
-) -> tuple[ModConfig, Measured]:
-    """`config` with thresholds that keep `target`, and what they were measured to keep. Starts from config's own."""
-    best: tuple[float, ModConfig, Measured] | None = None
-    low, high = 0.0, 1.0  # a global threshold lies between them: the lower one keeps too much
-    for attempt in range(len(config.layers) + 8):
-        found = measure(model, batches, config, f"kept ratio {target:g}, pass {attempt + 1}")
-        distance = found.distance(target, per_layer)
-        if best is None or distance < best[0]:
-            best = distance, config, found
-        groups = list(found.scores.values()) if per_layer else [torch.cat(list(found.scores.values()))]
-        if distance <= max(0.5 / min(map(len, groups)), NEAR_ENOUGH):
-            break
-        values = [threshold_for(group, target) for group in groups]
-        if not per_layer and isinstance(config.threshold, float):
-            low, high = (config.threshold, high) if found.kept > target else (low, config.threshold)
-            if not low < values[0] < high and 0 < target < 1:
-                values = [(low + high) / 2]  # later layers answered with a jump
-        following = config_with(config, values if per_layer else values[0])
-        if following == config:
-            break
-        config = following
-    assert best is not None
-    return best[1:]
-
-
-def config_with(config: ModConfig, thresholds: Thresholds) -> ModConfig:
-    return ModConfig.parse(config.model_dump() | {"threshold": thresholds}, "threshold")
-
-
-# ---------------------------------------------------------------- the command
-
-
-def calibrate(args: CalibrateArguments, command: str) -> dict[str, Any]:
+def calibrate(args: CalibrateArguments, command: str) -> Calibration:
     """Measure, rewrite the checkpoint's config, record; returns what calibration.json holds.
 
     Raises ConfigError, with the checkpoint as it was, on anything that cannot be calibrated.
@@ -163,46 +51,75 @@ def calibrate(args: CalibrateArguments, command: str) -> dict[str, Any]:
     check_sources(args.data)
     base = local_model(args.model or config.base_model or "") if is_router_only(directory) else directory
     batches, used = _batches(args, config, base)
-    model = _load(directory, config, base)
-    points = {}
-    for point in sorted({args.target_capacity, *args.operating_points}, reverse=True):
-        fitted, found = fit(model, batches, config, point, args.per_layer)
-        points[point] = fitted, found
-        config = fitted if 0 < point < 1 else config  # the next one is near
-    fitted, found = points[args.target_capacity]
-    record = {
-        "command": command,
-        "data": list(args.data),
-        "samples": used,
-        "per_layer": args.per_layer,
-        "target_capacity": args.target_capacity,
-        "kept": found.kept,
-        "standard_error": found.standard_error,
-        "kept_per_layer": {str(layer): kept for layer, kept in found.kept_per_layer.items()},
-        "threshold": _plain(fitted),
-        "operating_points": [
-            {"target": point, "kept": points[point][1].kept, "threshold": _plain(points[point][0])}
-            for point in sorted(set(args.operating_points), reverse=True)
+    meter = Meter(_load(directory, config, base), batches)
+    # Cutoffs per layer carry what is known of the layers: for a ratio of all layers together they move together.
+    prior = config.cutoffs if isinstance(config.cutoff, tuple) else (0.0,) * len(config.layers)
+    fitted: dict[float, Fitted] = {}
+    start = config.cutoffs
+    for target in sorted({args.target_capacity, *args.operating_points}, reverse=True):
+        fitted[target] = fit(meter, start, target, args.per_layer, prior)
+        start = fitted[target][0] if 0 < target < 1 else start  # the next one is near
+    following = _set(config, fitted[args.target_capacity], args.per_layer)
+    found = fitted[args.target_capacity][1]
+    record = Calibration(
+        command=command,
+        data=list(args.data),
+        samples=used,
+        per_layer=args.per_layer,
+        target_capacity=args.target_capacity,
+        kept=found.kept,
+        standard_error=found.standard_error,
+        kept_per_layer={str(layer): kept for layer, kept in found.kept_per_layer.items()},
+        threshold=following.threshold,
+        cutoff=following.cutoff,
+        lowest_scores=meter.lowest,
+        highest_scores=meter.highest,
+        operating_points=[
+            _point(target, fitted[target], args.per_layer)
+            for target in sorted(set(args.operating_points), reverse=True)
         ],
-    }
-    replace_json(directory / CALIBRATION_FILE, record)
-    write_thresholds(directory, _plain(fitted))
+    )
+    if following.version != config.version:
+        log.warning("%s: no threshold tells these scores apart; written as version 2, with 'cutoff'", directory)
+    write_calibration(directory, record)
+    write_mod_config(directory, following)
     card.write(directory)
     return record
 
 
-def report(record: Mapping[str, Any], directory: str) -> None:
-    """What was set, and the line that sets each operating point in vLLM."""
-    print(f"kept on calibration data: {record['kept']:.4f} (target {record['target_capacity']:g})", end="")
-    print(f" ± {record['standard_error']:.4f} from one draw of {record['samples']} samples to another")
-    for point in record["operating_points"]:
-        knob = json.dumps({"mod": {"threshold": point["threshold"]}})
-        print(f"kept {point['kept']:.4f}: --additional-config '{knob}'")
+def _set(config: ModConfig, fitted: Fitted, per_layer: bool) -> ModConfig:
+    """The checkpoint's config with what was found: cutoffs in version 2, thresholds in version 1 if they can say it."""
+    cutoffs, found = fitted
+    thresholds = thresholds_like(cutoffs, found)
+    if thresholds is not None and (config.version == 1 or any(map(math.isinf, cutoffs))):
+        return config.with_threshold(_plain(thresholds, per_layer))
+    return config.with_cutoff(_plain(cutoffs, per_layer))
+
+
+def _point(target: float, fitted: Fitted, per_layer: bool) -> OperatingPoint:
+    cutoffs, found = fitted
+    thresholds = thresholds_like(cutoffs, found)
+    return OperatingPoint(
+        target=target,
+        kept=found.kept,
+        threshold=None if thresholds is None else _plain(thresholds, per_layer),
+        cutoff=None if any(map(math.isinf, cutoffs)) else _plain(cutoffs, per_layer),
+    )
+
+
+def _plain(values: Sequence[float], per_layer: bool) -> float | tuple[float, ...]:
+    """One number where all layers share it and were not asked for one by one."""
+    return values[0] if len(set(values)) == 1 and not per_layer else tuple(values)
+
+
+def report(record: Calibration, directory: str) -> None:
+    """What was set, and how each operating point is asked of vLLM."""
+    print(f"kept on calibration data: {record.kept:.4f} (target {record.target_capacity:g})", end="")
+    print(f" ± {record.standard_error:.4f} from one draw of {record.samples} samples to another")
+    config = read_mod_config(directory)
+    for point in record.operating_points:
+        print(f"kept {point.kept:.4f}: {' or '.join(ways_to_ask(point, config))}")
     print(f"written: {directory}")
-
-
-def _plain(config: ModConfig) -> Thresholds:
-    return list(config.threshold) if isinstance(config.threshold, tuple) else config.threshold
 
 
 def _checked(args: CalibrateArguments) -> tuple[Path, ModConfig]:
@@ -241,13 +158,20 @@ def _batches(args: CalibrateArguments, config: ModConfig, base: Path) -> tuple[l
 
 
 def collate(samples: list[dict[str, Any]], config: ModConfig, batch_size: int) -> list[dict[str, Tensor]]:
-    """Batches of similar length, without labels. A sequence-level decision needs the prompt alone."""
+    """Batches of similar length, without labels. A sequence-level decision needs the prompt alone, or its window."""
     if config.level == "sequence":
-        samples = [s | {k: s[k][: s["prompt_len"]] for k in ("input_ids", "labels")} for s in samples]
+        samples = [_deciding(sample, config.window) for sample in samples]
     samples = sorted(samples, key=lambda s: len(s["input_ids"]))
     collator = Collator(0)  # what fills the masked places does not matter
     batches = [collator(samples[i : i + batch_size]) for i in range(0, len(samples), batch_size)]
     return [{name: tensor for name, tensor in batch.items() if name != "labels"} for batch in batches]
+
+
+def _deciding(sample: dict[str, Any], window: int | None) -> dict[str, Any]:
+    """A sample cut to the tokens that decide. Without a prompt all of it is one, as in the reference."""
+    prompt = sample["prompt_len"] or len(sample["input_ids"])
+    length = min(prompt, window or prompt)
+    return sample | {"prompt_len": length} | {key: sample[key][:length] for key in ("input_ids", "labels")}
 
 
 def _load(directory: Path, config: ModConfig, base: Path) -> Any:
@@ -257,9 +181,9 @@ def _load(directory: Path, config: ModConfig, base: Path) -> Any:
         model = load_reference(directory, dtype, config)
     else:
         shape = BaseShape.of(read_json(base / CONFIG_FILE), str(base / CONFIG_FILE))
-        routers = read_routers(directory, config, shape)
+        routers, patches = read_routers(directory, config, shape), read_patches(directory, config, shape)
         model = load_base(base, dtype).eval()
-        attach_routers(model, config, routers)
+        attach_routers(model, config, routers, patches)
         if (directory / ADAPTER_DIR).is_dir():  # the routers were trained with it
             load_adapter(model, directory / ADAPTER_DIR)
             model.eval()

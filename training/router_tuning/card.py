@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -14,13 +13,14 @@ from typing import Any
 
 import yaml
 
+from vllm_mod.calibration import Calibration, read_calibration
 from vllm_mod.checkpoint import is_router_only, read_mod_config
 from vllm_mod.config import ConfigError, ModConfig
+from vllm_mod.dial import ways_to_ask
 from vllm_mod.files import REFERENCE_COMMAND, read_json
 
 CARD_FILE = "README.md"
 _WHAT = {"attn": "self-attention", "mlp": "MLP", "block": "attention and MLP", "expert": "routed experts"}
-_UNIT = {"sequence": "per request, from the mean over its prompt", "token": "per token"}
 #: Words of a licence's text -> the hub's name of it.
 _LICENCES = {
     "Apache License": "apache-2.0",
@@ -64,7 +64,8 @@ def write(directory: Path) -> None:
 def render(directory: Path) -> str:
     """The card's text."""
     config = read_mod_config(directory)
-    records = {name: _record(directory, name) for name in ("training_args", "trainer_log", "calibration", "evaluation")}
+    records = {name: _record(directory, name) for name in ("training_args", "trainer_log", "evaluation")}
+    calibration = read_calibration(directory, config)
     command = (directory / "train_command.txt").read_text() if (directory / "train_command.txt").is_file() else ""
     licence = _licence(directory)
     sections = [
@@ -73,8 +74,8 @@ def render(directory: Path) -> str:
         _introduction(config),
         _serving(directory, config, records["training_args"]),
         "" if is_router_only(directory) else _IN_TRANSFORMERS,
-        _kept(config, records["trainer_log"], records["calibration"]),
-        _operating_points(records["calibration"]),
+        _kept(config, records["trainer_log"], calibration),
+        _operating_points(config, calibration),
         _evaluation(records["evaluation"]),
         _training(config, records["training_args"], records["trainer_log"], command),
         "![kept ratio and lambda in training](training.png)" if (directory / "router_tuning.png").is_file() else "",
@@ -122,12 +123,30 @@ def _introduction(config: ModConfig) -> str:
     base, layers = _hub_name(config), _ranges(config.layers)
     name = f"[{base}](https://huggingface.co/{base})" if base else _base_name(config)
     if config.is_static:
-        return f"{name} without the {_WHAT[config.target]} of layers {layers}: always skipped, there are no routers."
+        text = f"{name} without the {_WHAT[config.target]} of layers {layers}: always skipped, there are no routers."
+        return f"{text} {_patch(config)}".rstrip()
     return (
         f"{name} with routers (one linear gate per layer, [Router-Tuning](https://arxiv.org/abs/2410.13184)) in front "
-        f"of the {_WHAT[config.target]} of layers {layers}. They decide {_UNIT[config.level]}, whether it runs. "
-        "What is skipped is not computed, and attention that is skipped keeps no KV cache."
-    )
+        f"of the {_WHAT[config.target]} of layers {layers}. They decide {_unit(config)}, whether it runs. "
+        f"{'' if config.window is None else 'These tokens always run, all later ones follow the decision. '}"
+        f"What is skipped is not computed, and attention that is skipped keeps no KV cache. {_patch(config)}"
+    ).rstrip()
+
+
+def _unit(config: ModConfig) -> str:
+    if config.level == "token":
+        return "per token"
+    if config.window is None:
+        return "per request, from the mean over its prompt"
+    return f"per request, from the mean over the first {config.window} tokens of its prompt"
+
+
+def _patch(config: ModConfig) -> str:
+    if config.patch is None:
+        return ""
+    rank = config.patch.rank
+    what = f"a linear map of rank {rank} of its input and a bias" if rank else "a bias"
+    return f"In place of what is skipped a patch is added: {what}."
 
 
 def _ranges(layers: Sequence[int]) -> str:
@@ -166,43 +185,39 @@ def _serving(directory: Path, config: ModConfig, args: dict[str, Any]) -> str:
 # ---------------------------------------------------------------- what was measured
 
 
-def _kept(config: ModConfig, log: dict[str, Any], calibration: dict[str, Any]) -> str:
+def _kept(config: ModConfig, log: dict[str, Any], calibration: Calibration | None) -> str:
     if config.is_static:
         return ""
     trained = log.get("held_out", {}).get("kept_per_layer", {})
-    calibrated = calibration.get("kept_per_layer", {})
-    head = ["layer", "threshold"]
+    calibrated = calibration.kept_per_layer if calibration else {}
+    head = ["layer", config.criterion]
     columns: list[dict[str, float]] = []
     for name, found in (("kept on held-out data, after training", trained), ("calibrated", calibrated)):
         if found:
             head, columns = [*head, name], [*columns, found]
     rows = [
-        [str(layer), f"{threshold:.4g}", *(_number(column.get(str(layer))) for column in columns)]
-        for layer, threshold in zip(config.layers, config.thresholds, strict=True)
+        [str(layer), f"{limit:.4g}", *(_number(column.get(str(layer))) for column in columns)]
+        for layer, limit in zip(config.layers, config.limits, strict=True)
     ]
-    means = [log.get("held_out", {}).get("kept")] * bool(trained) + [calibration.get("kept")] * bool(calibrated)
+    means = [log.get("held_out", {}).get("kept")] * bool(trained)
+    means += [calibration.kept] if calibration and calibrated else []
     if means:
         rows.append(["all", "", *map(_number, means)])
     asked = f", asked for {config.target_capacity:g}" if config.target_capacity is not None else ""
     return f"## Kept ratio\n\nShare of decisions that run the sublayer{asked}.\n\n{_table(head, rows)}"
 
 
-def _operating_points(calibration: dict[str, Any]) -> str:
-    points = calibration.get("operating_points")
-    if not points:
+def _operating_points(config: ModConfig, calibration: Calibration | None) -> str:
+    if calibration is None or not calibration.operating_points:
         return ""
-    rows = [
-        [
-            _number(point["target"], 2),
-            _number(point["kept"], 4),
-            "`--additional-config '" + json.dumps({"mod": {"threshold": point["threshold"]}}) + "'`",
-        ]
-        for point in points
-    ]
+    rows = []
+    for point in calibration.operating_points:
+        ways = " or ".join(f"`{way}`" for way in ways_to_ask(point, config))
+        rows.append([_number(point.target, 2), _number(point.kept, 4), ways])
     return (
-        f"## Operating points\n\nOne checkpoint, several speeds (measured on {calibration.get('samples', '?')} "
-        f"calibration samples):\n\n{_table(['kept ratio asked for', 'measured', 'vLLM flag'], rows)}\n\n"
-        f"```console\n$ {calibration.get('command', 'router-tuning calibrate')}\n```"
+        f"## Operating points\n\nOne checkpoint, several speeds (measured on {calibration.samples or '?'} "
+        f"calibration samples):\n\n{_table(['kept ratio asked for', 'measured', 'how to ask vLLM for it'], rows)}\n\n"
+        f"```console\n$ {calibration.command or 'router-tuning calibrate'}\n```"
     )
 
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from vllm_mod.calibration import CALIBRATION_FILE, read_calibration
 from vllm_mod.checkpoint import (
     BaseShape,
     base_weight_map,
     is_router_only,
     read_mod_config,
+    read_patches,
     read_routers,
     write_checkpoint,
 )
 from vllm_mod.config import ConfigError, ModConfig, mod_architecture
 from vllm_mod.files import ADAPTER_FILES, CONFIG_FILE, read_json
+from vllm_mod.tensors import Patch
 
 from . import card
 from .arguments import ExportArguments, check_output, make_mod_config
@@ -43,24 +48,43 @@ def export(args: ExportArguments, records: dict[str, str] | None = None) -> Path
     base = local_model(args.model)
     shape = base_shape(base)
     warn_of_strangers(base)
-    config, routers, folders = _parts(args, base, shape)
-    output = write_checkpoint(base, args.output, config, routers, records, folders)
+    parts = _parts(args, base, shape)
+    records = {**(records or {}), **parts.records}
+    output = write_checkpoint(base, args.output, parts.config, parts.routers, records, parts.folders, parts.patches)
     card.write(output)
     return output
 
 
-def _parts(
-    args: ExportArguments, base: Path, shape: BaseShape
-) -> tuple[ModConfig, dict[int, Tensor], dict[str, Path]]:  # fmt: skip
-    """What is routed, by which weights (none for a static granularity), and the adapter they were trained with."""
+@dataclass(frozen=True)
+class Parts:
+    """What a checkpoint has beside its base: see `write_checkpoint`."""
+
+    config: ModConfig
+    routers: Mapping[int, Tensor] = field(default_factory=dict)
+    patches: Mapping[int, Patch] = field(default_factory=dict)
+    folders: Mapping[str, Path] = field(default_factory=dict)
+    records: Mapping[str, str] = field(default_factory=dict)
+
+
+def _parts(args: ExportArguments, base: Path, shape: BaseShape) -> Parts:
+    """What is routed, by which tensors, and what belongs to them: the adapter they were trained with, their table."""
     if args.routers is None or args.drop_attention is not None:
-        return _static_config(args, base, shape), {}, {}
+        if args.window != "none":
+            raise ConfigError("--window is for routers that decide per sequence; pass --routers, or drop it")
+        return Parts(_static_config(args, base, shape))
     directory = local_model(args.routers, routers=True)
     config = _router_config(directory, args, shape)
     adapter = directory / ADAPTER_DIR
     if adapter.is_dir() and (missing := [name for name in ADAPTER_FILES if not (adapter / name).is_file()]):
         raise ConfigError(f"{adapter}: {missing[0]} is missing; the routers were trained with this adapter")
-    return config, read_routers(directory, config, shape), {ADAPTER_DIR: adapter} if adapter.is_dir() else {}
+    table = read_calibration(directory, config)
+    return Parts(
+        config,
+        read_routers(directory, config, shape),
+        read_patches(directory, config, shape),
+        folders={ADAPTER_DIR: adapter} if adapter.is_dir() else {},
+        records={CALIBRATION_FILE: json.dumps(table.to_dict(), indent=2, ensure_ascii=False) + "\n"} if table else {},
+    )
 
 
 def _static_config(args: ExportArguments, base: Path, shape: BaseShape) -> ModConfig:
@@ -105,8 +129,8 @@ def _router_config(directory: Path, args: ExportArguments, shape: BaseShape) -> 
     have a `config.json` beside them)."""
     config = directory / CONFIG_FILE
     if is_router_only(directory) or (config.is_file() and "mod_config" in read_json(config)):
-        if args.granularity is not None or args.layers is not None:
-            raise ConfigError(f"{directory}: says itself what it routes; drop --granularity and --layers")
+        if args.granularity is not None or args.layers is not None or args.window != "none":
+            raise ConfigError(f"{directory}: says itself what it routes; drop --granularity, --layers and --window")
         return read_mod_config(directory)
     if args.granularity is None:
         raise ConfigError(f"{directory}: no mod_config; say what the routers are for with --granularity, --layers")

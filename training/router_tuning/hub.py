@@ -7,6 +7,7 @@ import glob
 import logging
 from pathlib import Path
 
+from vllm_mod.calibration import CALIBRATION_FILE
 from vllm_mod.checkpoint import ROUTER_CONFIG_FILE, ROUTERS_FILE, router_files
 from vllm_mod.config import ConfigError
 from vllm_mod.files import (
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 def local_model(name: str, routers: bool = False) -> Path:
     """The directory of a model: `name` itself, or a snapshot from the hub that holds the model's files alone.
 
-    Config and index are fetched first, then what the index names. routers: no more than routers and their adapter.
+    Config and index are fetched first, then what the index names. routers: no more than these, their adapter and table.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -37,7 +38,7 @@ def local_model(name: str, routers: bool = False) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists():
         raise ConfigError(f"{name}: no such directory")
     adapter = [f"{ADAPTER_DIR}/{file}" for file in ADAPTER_FILES]
-    small = [CONFIG_FILE, ROUTER_CONFIG_FILE, *adapter] if routers else list(SIDE_FILES)
+    small = [CONFIG_FILE, ROUTER_CONFIG_FILE, CALIBRATION_FILE, *adapter] if routers else list(SIDE_FILES)
     snapshot = _fetch(name, [*small, INDEX_FILE])
     if not (snapshot / INDEX_FILE).is_file():
         weights = [WEIGHTS_FILE, *[ROUTERS_FILE] * routers]

@@ -2,10 +2,11 @@
 
 For decoder layer l with router w and sublayer F (arXiv 2410.13184, eq. 2-4):
 
-    keep = w . x >= logit(threshold)        x: F's input after its own norm
-    output = residual + F(x) if keep else residual
+    keep = w . x >= cutoff        x: F's input after its own norm, cutoff: the config's, or logit(threshold)
+    output = residual + F(x) if keep else residual (+ P(x), with a patch P)
 
-Slow and certain: no KV cache; a token that skips attention is masked as a key in that layer.
+Slow and certain: no KV cache; a token that skips attention is masked as a key in that layer. With a window, the first
+tokens of a sequence always keep; later ones skip together, so that none of them sees another's key in that layer.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from vllm_mod.checkpoint import BaseShape, check_routers, read_mod_config, read_routers, router_name
+from vllm_mod.checkpoint import BaseShape, read_mod_config, read_patches, read_routers
 from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.files import CONFIG_FILE, read_json, without_strangers
+from vllm_mod.tensors import Patch, check_routers, named_tensors
 
 from .experts import gate_experts
 from .hub import warn_of_strangers
 from .lora import ADAPTER_DIR, load_adapter
-from .routing import Router, Routing, routing_of
+from .routing import LinearPatch, Router, Routing, routing_of
 from .sublayers import MIXINS, make_skippable
 
 
@@ -43,12 +45,18 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return layers
 
 
-def attach_routers(model: nn.Module, config: ModConfig, routers: Mapping[int, Tensor] | None = None) -> None:
-    """Give `model` the routers of `config`, in place; `routers` (layer -> `[1, hidden]`, for experts
-    `[num_experts, hidden]`) or all zero.
+def attach_routers(
+    model: nn.Module,
+    config: ModConfig,
+    routers: Mapping[int, Tensor] | None = None,
+    patches: Mapping[int, Patch] | None = None,
+) -> None:
+    """Give `model` the routers and patches of `config`, in place; `routers` (layer -> `[1, hidden]`, for experts
+    `[num_experts, hidden]`) or all zero, `patches` or those that add nothing.
 
-    Registers `model.layers.{i}.router.weight` (float32) and makes the routed sublayers skippable. Static
-    granularities get no router: their sublayers are always skipped.
+    Registers `model.layers.{i}.router.weight` and `….router.patch.…` (float32) and makes the routed sublayers
+    skippable. Static granularities get no router: their sublayers are always skipped. Raises ConfigError, with the
+    model as it was.
     """
     layers = decoder_layers(model)
     hf_config: Any = model.config
@@ -62,17 +70,20 @@ def attach_routers(model: nn.Module, config: ModConfig, routers: Mapping[int, Te
             f"{config.granularity} masks single keys, which attn_implementation={implementation!r} cannot; "
             "use 'sdpa' or 'eager'"
         )
-    if routers is not None:
-        check_routers({router_name(i): w for i, w in routers.items()}, config, shape, "routers")
-
     routing = Routing(config)
+    holders: dict[int, nn.Module] = {}
     for i in config.layers:
-        if not config.is_static:
-            device = next(layers[i].parameters()).device
-            rows = shape.num_experts or 1 if config.target == "expert" else 1
-            routing.routers[i] = layers[i].router = Router(shape.hidden_size, device, rows)
-            if routers is not None:
-                routing.routers[i].weight.data.copy_(routers[i])
+        device = next(layers[i].parameters()).device
+        rows = (shape.num_experts or 0) if config.target == "expert" else 1
+        holders[i] = nn.Module() if config.is_static else Router(shape.hidden_size, device, rows)
+        if isinstance(holder := holders[i], Router):
+            routing.routers[i] = holder
+        if config.patch is not None:
+            routing.patches[i] = holders[i].patch = LinearPatch(shape.hidden_size, config.patch.rank, device)
+    _fill(routing, holders, shape, routers, patches)
+    for i in config.layers:
+        if routing.routers or routing.patches:
+            layers[i].router = holders[i]
         for part, mixin in MIXINS[config.target].items():
             make_skippable(getattr(layers[i], part), mixin, i, routing)
         if config.target == "expert":
@@ -82,6 +93,24 @@ def attach_routers(model: nn.Module, config: ModConfig, routers: Mapping[int, Te
     hf_config.use_cache = False
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.use_cache = False  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def _fill(
+    routing: Routing,
+    holders: Mapping[int, nn.Module],
+    shape: BaseShape,
+    routers: Mapping[int, Tensor] | None,
+    patches: Mapping[int, Patch] | None,
+) -> None:
+    """Copy what is given into the modules; raises ConfigError if it is not what the config asks for."""
+    routers = {i: router.weight for i, router in routing.routers.items()} if routers is None else routers
+    patches = {i: patch.tensors() for i, patch in routing.patches.items()} if patches is None else patches
+    tensors = named_tensors(routers, patches)
+    check_routers(tensors, routing.config, shape, "routers")
+    for i, holder in holders.items():
+        for name, parameter in holder.named_parameters():
+            parameter.copy_(tensors[f"model.layers.{i}.router.{name}"])
 
 
 def _note_padding(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -94,7 +123,8 @@ def _note_padding(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 @contextlib.contextmanager
 def routing(model: nn.Module, prompt_mask: Tensor | None = None) -> Iterator[Routing]:
-    """While it lasts, sequence-level decisions are means over `prompt_mask` (bool `[B, <=T]`; None: all tokens).
+    """While it lasts, `prompt_mask` (bool `[B, <=T]`; None: all tokens) is the prompt: sequence-level decisions are
+    means over it, or over its first tokens where the config has a window.
 
     Padding is taken from the `attention_mask` of the forward itself. Yields the state to read `decisions` and
     `kept()` from. Keep it open during `backward` too: gradient checkpointing decides again there.
@@ -108,13 +138,15 @@ def routing(model: nn.Module, prompt_mask: Tensor | None = None) -> Iterator[Rou
 
 
 def freeze_base(model: nn.Module) -> list[nn.Parameter]:
-    """Leave only routers trainable; returns them.
+    """Leave only routers and patches trainable; returns their parameters.
 
     With nothing trainable below it, the first routed layer is where autograd starts to record. The hook keeps it so
     even if something (`enable_input_require_grads`) asks for the gradient of the embeddings.
     """
     model.requires_grad_(False)
-    trained = [router.weight for router in routing_of(model).routers.values()]
+    state = routing_of(model)
+    trained = [router.weight for router in state.routers.values()]
+    trained += [parameter for patch in state.patches.values() for parameter in patch.parameters()]
     for weight in trained:
         weight.requires_grad_(True)
 
@@ -133,6 +165,11 @@ def router_weights(model: nn.Module) -> dict[int, Tensor]:
     return {i: r.weight.detach().float().cpu().clone() for i, r in routing_of(model).routers.items()}
 
 
+def patch_weights(model: nn.Module) -> dict[int, Patch]:
+    """Layer -> patch, likewise; empty where there are none."""
+    return {i: patch.tensors() for i, patch in routing_of(model).patches.items()}
+
+
 # ---------------------------------------------------------------- the reference
 
 
@@ -142,7 +179,9 @@ def load_reference(
     config: ModConfig | None = None,
     attn_implementation: str | None = None,
 ) -> Any:
-    """A full checkpoint as its stock HF class with routers, in eval mode. `config` overrides the thresholds.
+    """A full checkpoint as its stock HF class with routers, in eval mode.
+
+    `config` overrides the thresholds; it may also be static (of some of the layers), and have no window or patch.
 
     An adapter that lies unmerged in the checkpoint is part of it: the routers were trained with it.
     """
@@ -152,7 +191,9 @@ def load_reference(
     routers = read_routers(directory, stored, shape)
     model = load_base(directory, dtype, attn_implementation)
     config = config or stored
-    attach_routers(model, config, None if config.is_static else routers)
+    patches = read_patches(directory, stored, shape) if config.patch is not None else {}
+    patches = {layer: patch for layer, patch in patches.items() if layer in config.layers}
+    attach_routers(model, config, None if config.is_static else routers, patches)
     if (directory / ADAPTER_DIR).is_dir():
         load_adapter(model, directory / ADAPTER_DIR)
     return model.eval()
@@ -202,7 +243,7 @@ def _ignoring_routers(model_class: Any) -> Iterator[None]:
     """transformers warns about tensors it has no place for; routers get theirs a moment later."""
     name = "_keys_to_ignore_on_load_unexpected"
     before = model_class.__dict__.get(name)
-    setattr(model_class, name, [*(getattr(model_class, name) or []), r"layers\.\d+\.router\.weight"])
+    setattr(model_class, name, [*(getattr(model_class, name) or []), r"layers\.\d+\.router\..+"])
     try:
         yield
     finally:

@@ -6,12 +6,14 @@ Kept apart from the modules themselves, so that nothing but `layer.router` shows
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vllm_mod.config import ModConfig
-from vllm_mod.gate import keeps, segment_means, token_scores
+from vllm_mod.gate import apply_patch, decision_lengths, keeps, segment_means, token_scores
+from vllm_mod.tensors import Patch
 
 
 class Router(nn.Module):
@@ -26,6 +28,36 @@ class Router(nn.Module):
         return token_scores(x, self.weight)
 
 
+class LinearPatch(nn.Module):
+    """What a skipped sublayer adds, float32. It adds 0 at the start, and every part but `down` has a gradient there."""
+
+    def __init__(self, hidden_size: int, rank: int, device: torch.device | None = None) -> None:
+        super().__init__()
+        options: Any = {"dtype": torch.float32, "device": device}
+        self.bias = nn.Parameter(torch.zeros(hidden_size, **options))
+        self.down = nn.Linear(hidden_size, rank, bias=False, **options) if rank else None
+        self.up = nn.Linear(rank, hidden_size, bias=False, **options) if rank else None
+        if self.down is not None and self.up is not None:
+            nn.init.normal_(self.down.weight, std=hidden_size**-0.5)
+            nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: `[B, T, hidden]` -> the same shape and dtype."""
+        return apply_patch(x, *self.parts())
+
+    def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """bias, down, up"""
+        if self.down is None or self.up is None:
+            return self.bias, None, None
+        return self.bias, self.down.weight, self.up.weight
+
+    def tensors(self) -> Patch:
+        """Detached float32 copies on the CPU."""
+        bias, *maps = (None if part is None else part.detach().float().cpu().clone() for part in self.parts())
+        assert bias is not None
+        return Patch(bias, *maps)
+
+
 @dataclass
 class Decision:
     """One routed layer's answer in one forward.
@@ -33,7 +65,7 @@ class Decision:
     Shapes: `[B, T]` at token level, `[B]` at sequence level, `[B, T, K]` for the experts that a token selected.
     """
 
-    #: `w . x` (float32), or its mean over the prompt (float64).
+    #: `w . x` (float32), or its mean over the tokens that decide (float64).
     score: Tensor
     #: bool: does the sublayer count?
     keep: Tensor
@@ -43,6 +75,23 @@ class Decision:
     applied: Tensor
     #: Which experts the last axis stands for, int `[B, T, K]`; None where whole sublayers are routed.
     experts: Tensor | None = None
+    #: bool `[B, T]`: the tokens of the decision window, which run the sublayer whatever is decided; None without one.
+    window: Tensor | None = None
+
+    def keeps_token(self) -> Tensor:
+        """bool `[B, 1 or T, 1]`, ready to meet hidden states: for which tokens does the sublayer count?"""
+        keep = _broadcast(self.keep)
+        return keep if self.window is None else keep | _broadcast(self.window)
+
+    def token_gate(self) -> Tensor:
+        """`applied` likewise; a constant 1 in the window."""
+        gate = _broadcast(self.applied)
+        return gate if self.window is None else torch.where(_broadcast(self.window), 1.0, gate)
+
+
+def _broadcast(per_row_or_token: Tensor) -> Tensor:
+    """`[B]` or `[B, T]` -> `[B, 1 or T, 1]`."""
+    return per_row_or_token.view(per_row_or_token.shape[0], -1, 1)
 
 
 @dataclass
@@ -51,6 +100,10 @@ class Routing:
 
     config: ModConfig
     routers: dict[int, Router] = field(default_factory=dict)
+    #: Per routed layer, where the config has patches; also of static granularities, which have no routers.
+    patches: dict[int, LinearPatch] = field(default_factory=dict)
+    #: Per routed layer, in place of the config's; None: those.
+    cutoffs: tuple[float, ...] | None = None
     #: bool `[B, T]`: which tokens are the prompt; None means all of them.
     prompt_mask: Tensor | None = None
     #: bool `[B, T]`: False at padding; noted from the forward's own `attention_mask`.
@@ -62,14 +115,22 @@ class Routing:
     effects: dict[int, Tensor] = field(default_factory=dict)
 
     def cutoff(self, layer: int) -> float:
-        return self.config.cutoffs[self.config.layers.index(layer)]
+        return (self.cutoffs or self.config.cutoffs)[self.config.layers.index(layer)]
 
     def decide(self, layer: int, x: Tensor) -> Decision:
         """x: `[B, T, hidden]`, the sublayer's normed input. Scores it, decides, and remembers the decision."""
         score = self.routers[layer](x)
-        if self.config.level == "sequence":
-            score = self._prompt_mean(score)
-        return self.decide_on(layer, score)
+        if self.config.level == "token":
+            return self.decide_on(layer, score)
+        deciding = self._deciding(score)
+        decision = self.decide_on(layer, segment_means(score[deciding], deciding.sum(1)))
+        if self.config.window is not None:
+            decision.window = deciding
+        return decision
+
+    def stand_in(self, layer: int, x: Tensor) -> Tensor | None:
+        """What a skipped sublayer adds to the residual instead of `F(x)`: `[B, T, hidden]`, or None for nothing."""
+        return self.patches[layer](x) if layer in self.patches else None
 
     def decide_on(self, layer: int, score: Tensor) -> Decision:
         """score: of any shape a decision may have."""
@@ -86,8 +147,8 @@ class Routing:
         effect = self._counted(gradient.detach())
         self.effects[layer] = effect.numel() * effect.square().mean().sqrt()
 
-    def _prompt_mean(self, scores: Tensor) -> Tensor:
-        """`[B, T]` -> float64 `[B]`: the mean over each row's prompt. Generated tokens never count."""
+    def _deciding(self, scores: Tensor) -> Tensor:
+        """bool `[B, T]`: each row's prompt, or its first `window` tokens. Generated tokens never count."""
         batch, length = scores.shape
         valid = self.valid
         if valid is None:
@@ -97,7 +158,8 @@ class Routing:
             # The mask may be shorter than the sequence: what follows it was generated.
             prompt = nn.functional.pad(self.prompt_mask.bool(), (0, length - self.prompt_mask.shape[1])) & valid
             prompt = torch.where(prompt.any(1, keepdim=True), prompt, valid)
-        return segment_means(scores[prompt], prompt.sum(1))
+        lengths = decision_lengths(prompt.sum(1), self.config.window)
+        return prompt & (prompt.cumsum(1) <= lengths[:, None])
 
     def kept(self) -> dict[int, Tensor]:
         """Kept ratio per routed layer, differentiable (through the gates), float32 scalars.

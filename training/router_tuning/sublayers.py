@@ -15,22 +15,26 @@ from torch import Tensor, nn
 from .routing import Decision, Routing
 
 
-def _broadcast(per_row_or_token: Tensor) -> Tensor:
-    """`[B]` or `[B, T]` -> `[B, 1 or T, 1]`, ready to meet hidden states."""
-    return per_row_or_token.view(per_row_or_token.shape[0], -1, 1)
+def mixed(output: Tensor, decision: Decision, stand_in: Tensor | None) -> Tensor:
+    """`gate * F(x)` of the paper's eq. 4, and what stands in for `F(x)` where it is skipped (None: 0).
 
-
-def gated(output: Tensor, decision: Decision) -> Tensor:
-    """Zero where skipped: `gate * F(x)` of the paper's eq. 4. output: `[B, T, hidden]`.
-
-    Selects where no gradient is wanted. In training it multiplies, because the estimator's gradient needs what the
-    sublayer *would* have added; values that are not finite are taken out first where skipped (0 * nan is nan).
+    output, stand_in: `[B, T, hidden]`. Selects where no gradient of the gate is wanted. In training it multiplies,
+    because the estimator's gradient needs what the sublayer *would* have added; values that are not finite are taken
+    out first where skipped (0 * nan is nan).
     """
-    keep = _broadcast(decision.keep)
+    keep = decision.keeps_token()
+    nothing = torch.zeros((), dtype=output.dtype, device=output.device)
+    instead = nothing if stand_in is None else stand_in.to(output.dtype)
     if not decision.applied.requires_grad:
-        return torch.where(keep, output, torch.zeros((), dtype=output.dtype, device=output.device))
+        return torch.where(keep, output, instead)
     output = output.masked_fill(~keep & ~output.isfinite(), 0.0)
-    return output * _broadcast(decision.applied).to(output.dtype)
+    gate = decision.token_gate().to(output.dtype)
+    return output * gate if stand_in is None else output * gate + instead * (1 - gate)
+
+
+def skipped(x: Tensor, stand_in: Tensor | None) -> Tensor:
+    """The output of a sublayer that no token runs. x: `[B, T, hidden]`."""
+    return torch.zeros_like(x) if stand_in is None else stand_in
 
 
 def hide_skipped_keys(mask: Tensor | None, keep: Tensor, dtype: torch.dtype) -> Tensor:
@@ -64,15 +68,17 @@ class RoutedAttention(nn.Module):
         routing = self._mod_routing
         if kwargs.get("past_key_values") is not None:
             raise NotImplementedError("the routed HF model has no KV cache; call it with use_cache=False")
+        stand_in = routing.stand_in(self._mod_layer, hidden_states)
         if routing.config.is_static:
-            return torch.zeros_like(hidden_states), None
+            return skipped(hidden_states, stand_in), None
         decision = routing.decide(self._mod_layer, hidden_states)
         if routing.config.level == "token":
-            # At sequence level a skipped row has no kept query that could see its keys: nothing to hide.
+            # At sequence level nothing that is kept could see a skipped key: it is in another row, or before it (the
+            # window's tokens).
             mask = hide_skipped_keys(kwargs.get("attention_mask"), decision.keep, hidden_states.dtype)
             kwargs["attention_mask"] = mask
         output, weights = super().forward(hidden_states, *args, **kwargs)
-        return gated(output, decision), weights
+        return mixed(output, decision, stand_in), weights
 
 
 class RoutedMLP(nn.Module):
@@ -83,20 +89,21 @@ class RoutedMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states: `[B, T, hidden]`, after the post-attention norm."""
+        stand_in = self._mod_routing.stand_in(self._mod_layer, hidden_states)
         if self._mod_routing.config.is_static:
-            return torch.zeros_like(hidden_states)
+            return skipped(hidden_states, stand_in)
         decision = self._mod_routing.decide(self._mod_layer, hidden_states)
-        return gated(super().forward(hidden_states), decision)
+        return mixed(super().forward(hidden_states), decision, stand_in)
 
 
 class FollowingMLP(RoutedMLP):
-    """Mixin for `block_*`: the MLP follows the decision that this layer's attention took."""
+    """Mixin for `block_*`: the MLP follows the decision that this layer's attention took, where the patch is, too."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self._mod_routing.config.is_static:
-            return torch.zeros_like(hidden_states)
+            return skipped(hidden_states, None)
         decision = self._mod_routing.decisions[self._mod_layer]
-        return gated(super(RoutedMLP, self).forward(hidden_states), decision)
+        return mixed(super(RoutedMLP, self).forward(hidden_states), decision, None)
 
 
 #: Which sublayer gets which mixin, per target; experts are below a sublayer, see `experts`.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from vllm_mod.checkpoint import ROUTERS_FILE, router_name
-from vllm_mod.config import ConfigError, ModConfig
+from vllm_mod.config import ConfigError
 
 from . import lora
 from .average import TailAverage
@@ -166,7 +166,7 @@ class RouterTrainer(Trainer):
         totals = torch.zeros(2 + 2 * len(config.layers), dtype=torch.float64, device=self.args.device)
         experts: dict[int, Tensor] = {}
         if threshold is not None:
-            state.config = ModConfig.parse(config.model_dump() | {"threshold": threshold}, "threshold")
+            state.config = config.with_threshold(threshold)
         model.eval()
         try:
             for batch in self.get_eval_dataloader():

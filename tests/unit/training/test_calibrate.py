@@ -9,18 +9,19 @@ from random import Random
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from router_tuning.calibrate import measure, threshold_for
+from router_tuning.calibrate import collate
 from router_tuning.cli import main
 from router_tuning.data import read_sources, tokenize
+from router_tuning.fitting import measure
 from router_tuning.model import load_base, load_reference, reference_decisions, reference_logits
 from tests.support.models import random_routers, routed_checkpoint, tiny_model
-from vllm_mod.checkpoint import read_mod_config, write_routers
-from vllm_mod.config import ModConfig, logit
-from vllm_mod.gate import keeps
+from vllm_mod.calibration import read_calibration
+from vllm_mod.checkpoint import read_mod_config, write_checkpoint, write_routers
+from vllm_mod.config import ModConfig
+from vllm_mod.dial import requested_cutoffs
+from vllm_mod.tensors import Patch
 
 
 def calibrate(checkpoint: Path, data: Path, *more: str, target: str = "0.5") -> int:
@@ -54,11 +55,18 @@ def record_of(checkpoint: Path) -> dict:
 
 def served_kept(checkpoint: Path, data: Path) -> dict[int, float]:
     """Kept ratio per layer, one sequence at a time by the reference."""
+    return kept_by_layer(load_reference(checkpoint), read_mod_config(checkpoint), data, checkpoint)
+
+
+def kept_by(model, config: ModConfig, data: Path, checkpoint: Path) -> float:
+    found = kept_by_layer(model, config, data, checkpoint)
+    return sum(found.values()) / len(found)
+
+
+def kept_by_layer(model, config: ModConfig, data: Path, checkpoint: Path) -> dict[int, float]:
     from transformers import AutoTokenizer
 
-    config = read_mod_config(checkpoint)
     samples, _ = tokenize(read_sources([str(data)])[str(data)], AutoTokenizer.from_pretrained(checkpoint), 64)
-    model = load_reference(checkpoint)
     keep: dict[int, list[bool]] = {layer: [] for layer in config.layers}
     for sample in samples:
         ids = sample["input_ids"][: sample["prompt_len"]] if config.level == "sequence" else sample["input_ids"]
@@ -91,6 +99,84 @@ def test_the_kept_ratio_is_the_one_asked_for(routed, texts, granularity, per_lay
     lines = [line for line in capsys.readouterr().out.splitlines() if "--additional-config" in line]
     knobs = [json.loads(line.split("--additional-config ")[1].strip("'")) for line in lines]
     assert [k["mod"]["threshold"] for k in knobs] == [p["threshold"] for p in record["operating_points"]]
+
+
+def large_scores(base_dir: Path, output: Path, **config) -> Path:
+    """Scores of several hundred: a sigmoid is 1.0 for all of them."""
+    settings = {"version": 1, "granularity": "attn_sequence", "layers": [1, 2, 3], **config}
+    mod = ModConfig.parse(settings, "test")
+    weights = {i: 400 * w for i, w in random_routers(mod, 32, seed=3).items()}
+    return write_checkpoint(base_dir, output, mod, weights)
+
+
+def test_scores_that_no_threshold_can_tell_apart_make_a_version_2_checkpoint(base_dir, texts, tmp_path, caplog):
+    checkpoint = large_scores(base_dir, tmp_path / "c", threshold=0.0)
+    assert calibrate(checkpoint, texts, "--operating-points", "0.9", "0.1", target="0.3") == 0
+    config, record = read_mod_config(checkpoint), record_of(checkpoint)
+    assert (config.version, config.criterion, config.threshold) == (2, "cutoff", None)
+    assert record["cutoff"] == config.cutoff and "threshold" not in record
+    assert [m for m in caplog.messages if "no threshold tells these scores apart; written as version 2" in m]
+    found = served_kept(checkpoint, texts)
+    assert sum(found.values()) / 3 == pytest.approx(0.3, abs=0.005) == record["kept"]
+    assert any("threshold" not in point for point in record["operating_points"])
+    assert "| cutoff |" in (checkpoint / "README.md").read_text()
+
+
+def test_thresholds_stay_where_they_can_say_it(routed, texts, caplog):
+    checkpoint = routed("attn_sequence")
+    assert calibrate(checkpoint, texts, "--operating-points", "0.6") == 0
+    config, (point,) = read_mod_config(checkpoint), record_of(checkpoint)["operating_points"]
+    assert (config.version, config.criterion) == (1, "threshold") and not caplog.messages
+    assert point.keys() == {"target", "kept", "threshold", "cutoff"}
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_version_2_gets_cutoffs(base_dir, texts, tmp_path, per_layer):
+    checkpoint = large_scores(base_dir, tmp_path / "c", version=2)
+    more = ("--per-layer", "true") if per_layer else ()
+    assert calibrate(checkpoint, texts, "--operating-points", "0.7", *more, target="0.4") == 0
+    config, found = read_mod_config(checkpoint), served_kept(checkpoint, texts)
+    assert isinstance(config.cutoff, tuple if per_layer else float)
+    for kept in found.values() if per_layer else [sum(found.values()) / 3]:
+        assert kept == pytest.approx(0.4, abs=0.01)
+    assert calibrate(checkpoint, texts, "--operating-points", "0.7", target="0") == 0  # the ends stay exact
+    assert read_mod_config(checkpoint).threshold == 1.0 and set(served_kept(checkpoint, texts).values()) == {0.0}
+
+
+def test_cutoffs_per_layer_move_together(base_dir, texts, tmp_path):
+    prior = [-300.0, 0.0, 250.0]
+    checkpoint = large_scores(base_dir, tmp_path / "c", version=2, cutoff=prior)
+    assert calibrate(checkpoint, texts, "--operating-points", "0.7", "0.2", target="0.5") == 0
+    record = record_of(checkpoint)
+    for cutoffs in [read_mod_config(checkpoint).cutoff, *(p["cutoff"] for p in record["operating_points"])]:
+        moved = [c - p for c, p in zip(cutoffs, prior, strict=True)]
+        assert moved == pytest.approx([moved[0]] * 3)
+    found = served_kept(checkpoint, texts)
+    assert sum(found.values()) / 3 == pytest.approx(0.5, abs=0.01) == record["kept"]
+
+
+@pytest.mark.parametrize("window", [3, 10**6])
+def test_with_a_window_one_pass_answers_for_all_ratios(base_dir, texts, tmp_path, window, monkeypatch, capsys):
+    config = {"version": 2, "granularity": "block_sequence", "layers": [1, 2, 3], "window": window}
+    mod = ModConfig.parse(config | {"patch": {"rank": 2}}, "test")
+    patch = Patch(torch.ones(32), torch.ones(2, 32), torch.ones(32, 2))
+    checkpoint = write_checkpoint(
+        base_dir, tmp_path / "c", mod, random_routers(mod, 32, seed=3), patches=dict.fromkeys((1, 2, 3), patch)
+    )
+    lengths = []
+    monkeypatch.setattr("router_tuning.fitting.measure", lambda *a: lengths.append(1) or measure(*a))
+    assert calibrate(checkpoint, texts, "--operating-points", "0.75", "0.25", target="0.5") == 0
+    assert len(lengths) == 1
+    found, record = served_kept(checkpoint, texts), record_of(checkpoint)
+    assert sum(found.values()) / 3 == pytest.approx(record["kept"], abs=1e-6) == pytest.approx(0.5, abs=0.01)
+    said = capsys.readouterr().out
+    assert '"vllm_xargs": {"mod_kept": 0.75}' in said and '{"mod": {"threshold": ' in said
+    # A ratio that was not calibrated: the dial's cutoffs keep about as much.
+    config, table = read_mod_config(checkpoint), read_calibration(checkpoint, read_mod_config(checkpoint))
+    for kept in (0.6, 0.4, 0.9):
+        cutoffs = requested_cutoffs({"mod_kept": kept}, config, table)
+        dialled = load_reference(checkpoint, config=config.with_cutoff(cutoffs))
+        assert kept_by(dialled, config, texts, checkpoint) == pytest.approx(kept, abs=0.12)
 
 
 def test_experts(data_file, tmp_path):
@@ -217,6 +303,18 @@ def test_what_cannot_be_calibrated_is_refused_before_the_work(routed, base_dir, 
     assert "--target-capacity" in capsys.readouterr().err
 
 
+def test_a_model_that_overflows_is_named(routed, data_file, capsys):
+    checkpoint = routed("attn_sequence")
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"].fill_(torch.finfo(torch.float32).max)
+    (checkpoint / "model.safetensors").unlink()  # it is the base's
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    before = (checkpoint / "config.json").read_bytes()
+    assert calibrate(checkpoint, data_file, "--max-samples", "20") == 2
+    assert "layer 1: scores are not finite; the base model overflows on these samples" in capsys.readouterr().err
+    assert (checkpoint / "config.json").read_bytes() == before and not (checkpoint / "calibration.json").exists()
+
+
 def test_an_interrupt_leaves_the_checkpoint_as_it_was(routed, data_file, monkeypatch):
     checkpoint = routed("attn_sequence")
     before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
@@ -229,22 +327,16 @@ def test_an_interrupt_leaves_the_checkpoint_as_it_was(routed, data_file, monkeyp
     assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
 
 
-@given(
-    scores=st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=40),
-    target=st.floats(0, 1),
+@pytest.mark.parametrize(
+    ("window", "lengths"), [(None, [5, 3, 8]), (1, [1, 1, 1]), (4, [4, 3, 4]), (6, [5, 3, 6]), (10**9, [5, 3, 8])]
 )
-def test_no_other_threshold_comes_nearer(scores, target):
-    values = torch.tensor(scores, dtype=torch.float64)
-    kept = keeps(values, logit(json.loads(json.dumps(threshold_for(values, target))))).double().mean()
-    possible = [0.0, *((values >= v).double().mean() for v in values)]
-    nearest = min(abs(float(p) - target) for p in possible)
-    # midpoints of scores that float64's sigmoid cannot tell apart are as good as ties
-    assert abs(float(kept) - target) <= nearest + 1e-12 or min_gap(values) < 1e-3
-
-
-def min_gap(values: torch.Tensor) -> float:
-    distinct = values.unique()
-    return float((distinct[1:] - distinct[:-1]).min()) if len(distinct) > 1 else 1.0
+def test_batches_hold_the_tokens_that_decide(window, lengths):
+    version = {"version": 1} if window is None else {"version": 2, "window": window}
+    config = ModConfig.parse({"granularity": "mlp_sequence", "layers": [1], **version}, "test")
+    samples = [{"input_ids": list(range(10, 18)), "labels": [0] * 8, "prompt_len": n} for n in (5, 3, 0)]
+    (batch,) = collate(samples, config, 8)
+    assert sorted(batch["attention_mask"].sum(1).tolist()) == sorted(lengths)
+    assert torch.equal(batch["prompt_mask"], batch["attention_mask"].bool())
 
 
 def test_padding_is_never_counted(routed):
@@ -255,6 +347,6 @@ def test_padding_is_never_counted(routed):
         "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
         "prompt_mask": torch.tensor([[True, True, False, False], [True, False, False, False]]),
     }
-    found = measure(model, [batch], read_mod_config(checkpoint))
+    found = measure(model, [batch])
     assert {layer: pairs[:, 1].tolist() for layer, pairs in found.pairs.items()} == {i: [4, 2] for i in (1, 2, 3)}
     assert all(len(scores) == 6 for scores in found.scores.values())

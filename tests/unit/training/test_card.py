@@ -128,6 +128,30 @@ def test_operating_points_are_lines_to_copy(tmp_path):
     assert "| 2 | 0.5 | 0.522 |" in text and "| all |  | 0.501 |" in text and CALIBRATION["command"] in text
 
 
+def test_window_patch_and_cutoffs_are_explained(tmp_path):
+    directory = checkpoint(tmp_path, version=2, cutoff=[40.5, -2], window=64, patch={"rank": 8})
+    point = {"target": 0.75, "kept": 0.7503, "cutoff": [40.4, -3]}
+    write_json(directory / "calibration.json", {"samples": 100, "operating_points": [point]})
+    text = card_of(directory).content
+    assert "per request, from the mean over the first 64 tokens of its prompt, whether it runs. These tokens" in text
+    assert "a patch is added: a linear map of rank 8 of its input and a bias." in text
+    assert "| layer | cutoff |" in text and "| 1 | 40.5 |" in text and "| 2 | -2 |" in text
+    assert """| 0.75 | 0.7503 | `"vllm_xargs": {"mod_kept": 0.75}` |""" in text
+
+
+def test_a_point_that_only_calibrate_can_set(tmp_path):
+    directory = checkpoint(tmp_path, version=2, cutoff=[40.5, -2], patch={"rank": 0})
+    write_json(directory / "calibration.json", {"operating_points": [{"target": 0.75, "kept": 0.75, "cutoff": 40}]})
+    text = card_of(directory).content
+    assert "| 0.75 | 0.7500 | `router-tuning calibrate CKPT --data D --target-capacity 0.75` |" in text
+    assert "a patch is added: a bias." in text and "(measured on ? calibration samples)" in text
+
+
+def test_a_static_checkpoint_with_patches(tmp_path):
+    text = card_of(checkpoint(tmp_path, version=2, granularity="attn_static", patch={"rank": 8})).content
+    assert "there are no routers. In place of what is skipped a patch is added" in text
+
+
 def test_evaluation_with_errors_and_recovery(tmp_path):
     write_json(checkpoint(tmp_path) / "evaluation.json", EVALUATION)
     text = card_of(tmp_path).content
@@ -196,6 +220,10 @@ def test_a_broken_record_is_named_and_the_card_left(tmp_path):
     before = (tmp_path / "README.md").read_text()
     (tmp_path / "evaluation.json").write_text("{")
     with pytest.raises(ConfigError, match=r"evaluation\.json: cannot be read"):
+        card.write(tmp_path)
+    (tmp_path / "evaluation.json").unlink()
+    write_json(tmp_path / "calibration.json", CALIBRATION | {"operating_point": []})
+    with pytest.raises(ConfigError, match=r"calibration\.json: unknown key 'operating_point'"):
         card.write(tmp_path)
     assert (tmp_path / "README.md").read_text() == before
     with pytest.raises(ConfigError, match=r"config\.json: no such file"):

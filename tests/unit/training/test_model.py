@@ -17,7 +17,7 @@ from router_tuning.model import (
 )
 from tests.unit.training.helpers import HIDDEN, LAYERS, VOCAB, make_llama
 from vllm_mod.checkpoint import write_checkpoint
-from vllm_mod.config import ConfigError, ModConfig, logit
+from vllm_mod.config import ConfigError, ModConfig
 
 ROUTED = (1, 2)
 DYNAMIC = [f"{target}_{level}" for target in ("attn", "mlp", "block") for level in ("token", "sequence")]
@@ -27,7 +27,8 @@ PROMPT = 9
 
 
 def config(granularity: str, **more) -> ModConfig:
-    return ModConfig.parse({"version": 1, "granularity": granularity, "layers": list(ROUTED), **more}, "test")
+    version = 2 if {"window", "patch", "cutoff"} & more.keys() else 1
+    return ModConfig.parse({"version": version, "granularity": granularity, "layers": list(ROUTED), **more}, "test")
 
 
 def random_routers(seed: int = 3) -> dict[int, Tensor]:
@@ -42,7 +43,7 @@ def routed(granularity: str, routers=None, **more) -> nn.Module:
     return model
 
 
-def by_hand(model, ids: list[int], granularity: str, routers: dict[int, Tensor], prompt_len: int, threshold=0.5):
+def by_hand(model, ids: list[int], granularity: str, routers, prompt_len: int, window: int | None = None, patches=None):
     """Token by token, with explicit lists of visible keys. model: stock Llama. Returns logits `[T, vocab]`."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -55,8 +56,16 @@ def by_hand(model, ids: list[int], granularity: str, routers: dict[int, Tensor],
             return [False] * len(ids)
         scores = [float((h[t].double() * routers[layer][0].double()).sum()) for t in range(len(ids))]
         if level == "sequence":
-            scores = [sum(scores[:prompt_len]) / prompt_len] * len(ids)
-        return [s >= logit(threshold) for s in scores]
+            deciding = prompt_len if window is None else min(window, prompt_len)
+            mean = sum(scores[:deciding]) / deciding
+            return [mean >= 0 or (window is not None and t < deciding) for t in range(len(ids))]
+        return [s >= 0 for s in scores]
+
+    def instead(layer: int, x: Tensor) -> Tensor:
+        if patches is None or layer not in ROUTED:
+            return torch.zeros(HIDDEN)
+        patch = patches[layer]
+        return patch.bias if patch.up is None else patch.up @ (patch.down @ x) + patch.bias
 
     for i, layer in enumerate(model.model.layers):
         h = layer.input_layernorm(x)
@@ -77,14 +86,17 @@ def by_hand(model, ids: list[int], granularity: str, routers: dict[int, Tensor],
                     heads.append(weights @ v[kv, visible])
                 else:
                     heads.append(torch.zeros(attn.head_dim))
-            rows.append(attn.o_proj(torch.cat(heads)) if keep[t] else torch.zeros(HIDDEN))
+            rows.append(attn.o_proj(torch.cat(heads)) if keep[t] else instead(i, h[t]))
         x = x + torch.stack(rows)
         h = layer.post_attention_layernorm(x)
         if i in ROUTED and target == "mlp":
             keep = decide(h, i)
         elif i not in ROUTED or target == "attn":
             keep = [True] * len(ids)
-        x = x + torch.stack([layer.mlp(h[t]) if keep[t] else torch.zeros(HIDDEN) for t in range(len(ids))])
+        nothing = torch.zeros(HIDDEN)  # the patch of a block stands in the attention's place
+        x = x + torch.stack(
+            [layer.mlp(h[t]) if keep[t] else instead(i, h[t]) if target == "mlp" else nothing for t in range(len(ids))]
+        )
     return model.lm_head(model.model.norm(x))
 
 
