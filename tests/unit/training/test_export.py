@@ -94,7 +94,7 @@ def test_a_model_saved_whole_with_its_routers_is_base_and_routers(base, tmp_path
 def test_flags_against_what_a_directory_says(base, tmp_path, capsys):
     write_routers(tmp_path / "routers", CONFIG, ROUTERS)
     assert export(base, tmp_path / "out", "--routers", str(tmp_path / "routers"), *FLAGS) == 2
-    assert "says itself what it routes; drop --granularity and --layers" in one_error(capsys)
+    assert "says itself what it routes; drop --granularity" in one_error(capsys)
 
 
 def test_of_an_adapter_its_own_files_are_taken(base, tmp_path, capsys):
