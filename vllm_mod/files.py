@@ -103,9 +103,9 @@ def weight_map(directory: Path, complete: bool = True) -> dict[str, str]:
     if not isinstance(names, dict):
         raise ConfigError(f"{path}: key 'weight_map' is missing")
     for tensor, name in names.items():
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+        if not _is_shard_name(name):
             raise ConfigError(
-                f"{path}: weight_map has {name!r} for {tensor}; only the plain name of a safetensors file "
+                f"{path}: weight_map has {name!r} for {tensor!r}; only the plain name of a safetensors file "
                 "in the same directory is followed"
             )
     for name in sorted(set(names.values())):
@@ -113,6 +113,11 @@ def weight_map(directory: Path, complete: bool = True) -> dict[str, str]:
         if complete and not (directory / name).is_file():
             raise ConfigError(f"{path}: {name} is listed, and is not in {directory}")
     return names
+
+
+def _is_shard_name(name: Any) -> bool:
+    plain = isinstance(name, str) and name.isprintable() and Path(name).name == name and "\\" not in name
+    return plain and name.endswith(".safetensors") and len(name.encode()) < 256
 
 
 def model_files(directory: Path) -> list[str]:

@@ -89,7 +89,8 @@ def test_mistrals_tokenizer_is_taken_where_there_is_no_other(tmp_path):
     "name",
     [
         "/etc/model.safetensors", "../other/model.safetensors", "sub/model.safetensors", "./model.safetensors", "..",
-        ".", "", "a\\b.safetensors", "pytorch_model.bin", "config.json", 3, None, ["model.safetensors"], {}, True,
+        ".", "", "a\\b.safetensors", "a\0.safetensors", "\ud800.safetensors", "a" * 300 + ".safetensors",
+        "pytorch_model.bin", "config.json", 3, None, ["model.safetensors"], {}, True,
     ],
 )  # fmt: skip
 def test_a_shard_is_a_plain_file_name(bare_base, tmp_path, name):
