@@ -1,39 +1,46 @@
 """Read, check and write checkpoint directories (safetensors only; no vLLM, no transformers import).
 
-A *full checkpoint* is a base model's directory plus `mod_config` in `config.json` and `routers.safetensors`, which
-holds routers and patches (see `tensors`). A *router-only* directory is `mod_config.json` + `routers.safetensors`. The
-reference implementation's router-only `model.safetensors` (same tensor names) is read as well.
+A *full checkpoint* is a base model's files (see `files`) plus `mod_config` in `config.json` and `routers.safetensors`,
+which holds routers and patches (see `tensors`). A *router-only* directory is `mod_config.json` +
+`routers.safetensors`. Routers that lie among a model's weights, and the reference implementation's router-only
+`model.safetensors` (same tensor names), are read as well.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import ConfigError, ModConfig, mod_architecture
+from .files import (
+    ADAPTER_FILES,
+    CONFIG_FILE,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    atomic_directory,
+    link_or_copy,
+    open_weights,
+    read_json,
+    replace_json,
+    side_files,
+    weight_map,
+    write_json,
+)
 from .tensors import Patch, check_routers, named_tensors, patches_of
 from .tensors import router_name as router_name
 
 ROUTERS_FILE = "routers.safetensors"
 ROUTER_CONFIG_FILE = "mod_config.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 _ROUTER_NAME = re.compile(r"model\.layers\.\d+\.router\..+")
-#: Files of a base model that a checkpoint has no use for.
-_NOT_COPIED = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5")
+#: Keys of a base's config that name files which a checkpoint does not hold: code, and weights beside the index.
+_NOT_CARRIED = ("auto_map", "transformers_weights")
 
 
 @dataclass(frozen=True)
@@ -68,25 +75,25 @@ def num_experts_of(config: Mapping[str, Any]) -> int | None:
     return config.get("num_experts") or config.get("n_routed_experts")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not JSON, numbers or nesting without end
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: a JSON object is needed")
-    return data
+def is_router_only(directory: Path) -> bool:
+    """Whether `mod_config.json` says what a directory routes, and not its `config.json`. ConfigError where both do."""
+    if not (directory / ROUTER_CONFIG_FILE).is_file():
+        return False
+    if (directory / CONFIG_FILE).is_file() and "mod_config" in read_json(directory / CONFIG_FILE):
+        raise ConfigError(
+            f"{directory}: {CONFIG_FILE} and {ROUTER_CONFIG_FILE} both say what is routed; remove {ROUTER_CONFIG_FILE} "
+            "(vLLM reads the other)"
+        )
+    return True
 
 
 def read_mod_config(directory: str | Path) -> ModConfig:
     """`mod_config` of a full checkpoint or a router-only directory."""
     directory = Path(directory)
-    if (directory / ROUTER_CONFIG_FILE).is_file():
+    if is_router_only(directory):
         path = directory / ROUTER_CONFIG_FILE
         return ModConfig.parse(read_json(path), str(path))
-    path = directory / "config.json"
+    path = directory / CONFIG_FILE
     data = read_json(path)
     if "mod_config" not in data:
         raise ConfigError(
@@ -110,27 +117,53 @@ def read_patches(directory: str | Path, config: ModConfig, shape: BaseShape) -> 
 
 
 def load_router_tensors(directory: str | Path) -> tuple[Path, dict[str, Tensor]]:
-    """The file that holds a directory's routers, and its router tensors, unchecked."""
+    """The file that holds a directory's routers (the directory, if several do), and its router tensors, unchecked."""
     directory = Path(directory)
-    path = directory / ROUTERS_FILE
-    if not path.is_file():
-        path = directory / WEIGHTS_FILE
-        if not path.is_file():
-            return directory, {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = [n for n in file.keys() if path.name == ROUTERS_FILE or _ROUTER_NAME.fullmatch(n)]  # noqa: SIM118
-            return path, {name: file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path}: not a readable safetensors file: {error}") from None
+    tensors: dict[str, Tensor] = {}
+    sources: dict[str, Path] = {}
+    files = _files_with_tensors(directory)
+    for path in files:
+        with open_weights(path) as file:
+            for name in file.keys():  # noqa: SIM118
+                if path.name != ROUTERS_FILE and not _ROUTER_NAME.fullmatch(name):
+                    continue
+                if name in tensors:
+                    raise ConfigError(
+                        f"{directory}: {name} lies in {sources[name].name} and in {path.name}; "
+                        "remove one of them, or export again from the base model"
+                    )
+                tensors[name], sources[name] = file.get_tensor(name), path
+    places = set(sources.values()) or {path for path in files if path.name == ROUTERS_FILE}
+    return places.pop() if len(places) == 1 else directory, tensors
+
+
+def router_files(directory: Path) -> list[str]:
+    """The files that hold routers by the index of a model, all its files where the index names no router."""
+    names = weight_map(directory, complete=False)
+    return sorted({file for name, file in names.items() if _ROUTER_NAME.fullmatch(name)} or set(names.values()))
+
+
+def _files_with_tensors(directory: Path) -> list[Path]:
+    """Where routers may be: the files that vLLM reads of a full checkpoint, or the one of routers alone."""
+    routers, index = directory / ROUTERS_FILE, directory / INDEX_FILE
+    if routers.is_file() and is_router_only(directory):
+        return [routers]
+    if not index.is_file():
+        return [path for path in (directory / WEIGHTS_FILE, routers) if path.is_file()]
+    names = set(weight_map(directory, complete=False).values())
+    if routers.is_file() and ROUTERS_FILE not in names:
+        raise ConfigError(
+            f"{index}: does not list {ROUTERS_FILE}, so vLLM would not read it; export the checkpoint again"
+        )
+    return [directory / name for name in sorted(names) if (directory / name).is_file()]
 
 
 def write_routers(
     output: str | Path, config: ModConfig, routers: Mapping[int, Tensor], patches: Mapping[int, Patch] | None = None
 ) -> Path:
     """Write a router-only directory; it appears whole or not at all."""
-    with _atomic_directory(Path(output)) as directory:
-        _write_json(directory / ROUTER_CONFIG_FILE, config.to_dict())
+    with atomic_directory(Path(output)) as directory:
+        write_json(directory / ROUTER_CONFIG_FILE, config.to_dict())
         _save_tensors(directory, named_tensors(routers, patches))
     return Path(output)
 
@@ -146,79 +179,68 @@ def write_checkpoint(
 ) -> Path:
     """Write base model + routers (+ patches) as a full checkpoint; it appears whole or not at all.
 
-    Weight files are hard-linked where the file system can, copied elsewhere. `records` (file name -> text) are
-    written beside them, and `folders` (name -> directory) copied. Raises ConfigError on a base model that is not
-    supported or does not fit, or when the disk is full.
+    The weight files that the index names are hard-linked where the file system can, copied elsewhere; of the base's
+    other files those of `files.SIDE_FILES` are carried along. `records` (file name -> text) and adapters (`folders`:
+    name -> directory) are written beside them. Raises ConfigError on a base model that is not supported or does not
+    fit, or when the disk is full.
     """
     base, output = Path(base), Path(output)
-    base_config = read_json(base / "config.json")
-    shape = BaseShape.of(base_config, str(base / "config.json"))
+    base_config = read_json(base / CONFIG_FILE)
+    shape = BaseShape.of(base_config, str(base / CONFIG_FILE))
     architecture = mod_architecture(shape.architecture)
     tensors = named_tensors(routers, patches)
     check_routers(tensors, config, shape, "routers")
-    weight_map = base_weight_map(base)
-    with _atomic_directory(output) as directory:
-        for source in sorted(base.iterdir()):
-            if source.is_file() and not _is_replaced(source):
-                link_or_copy(source, directory / source.name)
-        _write_json(
-            directory / "config.json",
-            base_config | {"architectures": [architecture], "mod_config": config.to_dict()},
-        )
+    weights = base_weight_map(base)
+    with atomic_directory(output) as directory:
+        for name in side_files(base):
+            if name != CONFIG_FILE:
+                link_or_copy(base / name, directory / name)
+        for name in sorted(set(weights.values())):
+            _place_weights(base / name, directory / name)
+        kept = {key: value for key, value in base_config.items() if key not in _NOT_CARRIED}
+        write_json(directory / CONFIG_FILE, kept | {"architectures": [architecture], "mod_config": config.to_dict()})
         if tensors:
             _save_tensors(directory, tensors)
-            weight_map |= dict.fromkeys(tensors, ROUTERS_FILE)
-        total = sum((directory / name).stat().st_size for name in set(weight_map.values()))
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(directory / INDEX_FILE, index)
+            weights |= dict.fromkeys(tensors, ROUTERS_FILE)
+        total = sum((directory / name).stat().st_size for name in set(weights.values()))
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
+        write_json(directory / INDEX_FILE, index)
         for name, text in (records or {}).items():
             (directory / name).unlink(missing_ok=True)  # it may be a hard link to the base's
             (directory / name).write_text(text, encoding="utf-8")
         for name, folder in (folders or {}).items():
-            shutil.copytree(folder, directory / name)
+            for part in ADAPTER_FILES:
+                link_or_copy(folder / part, directory / name / part)
     return output
 
 
-def _is_replaced(path: Path) -> bool:
-    """Files this module writes itself, and formats it never ships."""
-    return path.name in ("config.json", INDEX_FILE, ROUTERS_FILE, ROUTER_CONFIG_FILE) or path.suffix in _NOT_COPIED
-
-
 def base_weight_map(base: Path) -> dict[str, str]:
-    """Tensor name -> file of the base's weights, routers of an earlier export left out."""
-    if (base / INDEX_FILE).is_file():
-        names = _read_weight_map(base)
-    elif (base / WEIGHTS_FILE).is_file():
-        try:
-            with safe_open(base / WEIGHTS_FILE, framework="pt") as file:
-                names = dict.fromkeys(file.keys(), WEIGHTS_FILE)
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"{base / WEIGHTS_FILE}: not a readable safetensors file: {error}") from None
-    else:
-        raise ConfigError(f"{base}: no {WEIGHTS_FILE} or {INDEX_FILE}; only safetensors weights are read")
-    return {name: file for name, file in names.items() if not _ROUTER_NAME.fullmatch(name)}
+    """Tensor name -> file of the base's weights, routers of an earlier export left out.
 
-
-def _read_weight_map(base: Path) -> dict[str, str]:
-    """`weight_map` of a sharded model's index, every file of it there."""
-    path = base / INDEX_FILE
-    names = read_json(path).get("weight_map")
-    if not isinstance(names, dict):
-        raise ConfigError(f"{path}: key 'weight_map' is missing")
+    Raises ConfigError where there are none, or in a file whose name stands for something else in a checkpoint.
+    """
+    names = {name: file for name, file in weight_map(base).items() if not _ROUTER_NAME.fullmatch(name)}
+    if not names:
+        raise ConfigError(f"{base}: holds no weights of a base model")
     for name in sorted(set(names.values())):
-        if not (base / name).is_file():
-            raise ConfigError(f"{path}: {name} is listed, and is not in {base}")
+        if name == ROUTERS_FILE or name.startswith("consolidated"):
+            use = "routers" if name == ROUTERS_FILE else "weights in Mistral's own format"
+            raise ConfigError(f"{base / name}: a file of this name is for {use}; rename it, in the index, too")
     return names
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """Large files are linked where the file system can."""
-    real = source.resolve()  # hub caches keep symbolic links to blobs
-    if real.suffix == ".safetensors" or real.stat().st_size > 1 << 20:
-        with contextlib.suppress(OSError):
-            os.link(real, target)
-            return
-    shutil.copyfile(real, target)
+def _place_weights(source: Path, target: Path) -> None:
+    """Link or copy a weight file of the base; write it anew where routers of an earlier training lie in it, since vLLM
+    would read them."""
+    with open_weights(source) as file:
+        names, metadata = list(file.keys()), file.metadata()
+        own = [name for name in names if not _ROUTER_NAME.fullmatch(name)]
+        tensors = {name: file.get_tensor(name) for name in own} if len(own) < len(names) else None
+    if tensors is None:
+        link_or_copy(source, target)
+    else:
+        save_file(tensors, target, metadata=metadata)
+        target.chmod(0o644)
 
 
 def _save_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -231,46 +253,8 @@ def _save_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
 def write_mod_config(directory: str | Path, config: ModConfig) -> None:
     """Replace what a full checkpoint or a router-only directory says of its routing; never half-written."""
     directory = Path(directory)
-    alone = directory / ROUTER_CONFIG_FILE
-    if alone.is_file():
-        replace_json(alone, config.to_dict())
+    if is_router_only(directory):
+        replace_json(directory / ROUTER_CONFIG_FILE, config.to_dict())
     else:
-        path = directory / "config.json"
+        path = directory / CONFIG_FILE
         replace_json(path, read_json(path) | {"mod_config": config.to_dict()})
-
-
-def replace_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write a JSON file in one step. An old file of that name keeps its content where it is linked elsewhere."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        _write_json(temporary, data)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error}; it is as it was") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _atomic_directory(output: Path) -> Iterator[Path]:
-    """A temporary directory beside `output` that takes its name when the block ends well, and vanishes otherwise."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"{output}: exists already; choose another output or remove it")
-    temporary = None
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent))
-        temporary.chmod(0o755)
-        yield temporary
-        os.replace(temporary, output)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{output}: cannot be written: {error}; nothing was left behind") from error
-    finally:
-        if temporary:
-            shutil.rmtree(temporary, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,8 @@ its router; and the norms of a patch, of its bias and of its map `up down`.
 CKPT is a full checkpoint (what `vllm serve` takes), a router-only directory (mod_config.json +
 routers.safetensors), or the reference implementation's router-only model.safetensors with a
 mod_config.json beside it. Routers are checked as at load: a missing, surplus, misshapen or
-non-finite one is an error (exit status 2).
+non-finite one is an error (exit status 2), and so are files beside them that would make vLLM serve
+another model. Notes name files of which transformers would make another model.
 
 A router norm of 0 means untrained: every token is kept. The norm says little else by itself;
 what a layer really keeps is in the server's /metrics (vllm:mod_kept_total, vllm:mod_routed_total).
@@ -65,7 +67,7 @@ def report(args: argparse.Namespace) -> None:
 def describe(directory: Path) -> dict[str, Any]:
     """What a full checkpoint or a router-only directory routes, as one JSON object; its routers are checked."""
     try:
-        from . import checkpoint  # imports torch: --help need not wait for it
+        from . import checkpoint, files  # imports torch: --help need not wait for it
         from .tensors import patches_of
     except ModuleNotFoundError as error:  # it comes with vLLM, or with the `train` extra
         raise ConfigError(f"{error.name} is not installed; install vLLM, or vllm-mod[train]") from None
@@ -74,19 +76,21 @@ def describe(directory: Path) -> dict[str, Any]:
         raise ConfigError(f"{directory}: no such directory")
     config = checkpoint.read_mod_config(directory)
     where, tensors = checkpoint.load_router_tensors(directory)
-    base = directory / "config.json"
-    if base.is_file():
-        shape = checkpoint.BaseShape.of(checkpoint.read_json(base), str(base))
-    else:
+    alone = checkpoint.is_router_only(directory)
+    if alone:
         shape = _shape_of(tensors, config)
+    else:
+        files.refuse_mistral_files(directory)
+        base = directory / files.CONFIG_FILE
+        shape = checkpoint.BaseShape.of(files.read_json(base), str(base))
     routers, patches = checkpoint.check_routers(tensors, config, shape, str(where)), patches_of(tensors, config)
 
-    layers = range(shape.num_layers) if shape.architecture else config.layers
+    layers = config.layers if alone else range(shape.num_layers)
     return {
         "path": str(directory),
-        "kind": "full checkpoint" if shape.architecture else "router-only",
-        "architecture": shape.architecture or None,
-        "num_layers": shape.num_layers if shape.architecture else None,
+        "kind": "router-only" if alone else "full checkpoint",
+        "architecture": None if alone else shape.architecture,
+        "num_layers": None if alone else shape.num_layers,
         "hidden_size": shape.hidden_size or None,
         "base_model": config.base_model,
         "version": config.version,
@@ -95,6 +99,7 @@ def describe(directory: Path) -> dict[str, Any]:
         "patch": None if config.patch is None else config.patch.model_dump(),
         "target_capacity": config.target_capacity,
         "layers": [_describe_layer(layer, config, routers.get(layer), patches.get(layer)) for layer in layers],
+        "notes": [] if alone else _notes(directory),
     }
 
 
@@ -108,6 +113,19 @@ def _shape_of(tensors: Mapping[str, Tensor], config: ModConfig) -> BaseShape:
     hidden = tensor.shape[-1] if tensor is not None and tensor.dim() else 0
     experts = tensor.shape[0] if tensor is not None and config.target == "expert" else None
     return BaseShape("", config.layers[-1] + 1, hidden, experts)
+
+
+def _notes(directory: Path) -> list[str]:
+    """What else could be made of a full checkpoint, and by whom."""
+    from . import files
+
+    path = str(directory)
+    command = files.REFERENCE_COMMAND.replace("CKPT", path if re.fullmatch(r"[\w./-]+", path) else "CKPT")
+    return [
+        *(f"{directory / name}: {why}; remove it" for name, why in files.strangers(directory).items()),
+        "transformers' AutoModelForCausalLM, and with it peft and lm-eval's hf backend, gives the dense base model of "
+        f"this checkpoint without a word; with its routers: {command}",
+    ]
 
 
 def _describe_layer(layer: int, config: ModConfig, weight: Tensor | None, patch: Patch | None) -> dict[str, Any]:
@@ -156,6 +174,7 @@ def _table(report: dict[str, Any]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines.append("")
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines += ["", *(f"note: {note}" for note in report["notes"])] if report["notes"] else []
     return "\n".join(lines)
 
 

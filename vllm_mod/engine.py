@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
-from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from .checkpoint import BaseShape, num_experts_of, read_routers
 from .compat import attention_ops
 from .config import ConfigError, ModConfig
+from .hooks import ChainedHook, refuse_other_formats
 from .interfaces import check_vllm
 from .plan import plan_of
 from .request_check import check_requests
@@ -28,25 +27,14 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 CUDA_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
 
 
-class MoDEngineConfig(VerifyAndUpdateConfig):
+class MoDEngineConfig(ChainedHook):
     """Runs early in `VllmConfig.__post_init__`, before anything is derived from the settings made here."""
-
-    base: type[VerifyAndUpdateConfig] = VerifyAndUpdateConfig
-
-    @classmethod
-    @functools.cache
-    def for_base(cls, base: type[VerifyAndUpdateConfig] | None) -> type[MoDEngineConfig]:
-        """The hook for an architecture whose stock counterpart has the hook `base`."""
-        return type("MoDEngineConfig", (cls,), {"base": base or VerifyAndUpdateConfig})
-
-    @classmethod
-    def verify_and_update_model_config(cls, model_config: Any) -> None:
-        cls.base.verify_and_update_model_config(model_config)
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
-        cls.base.verify_and_update_config(vllm_config)
+        super().verify_and_update_config(vllm_config)
         check_vllm(bool(num_experts_of(vllm_config.model_config.hf_text_config.to_dict())))
+        refuse_other_formats(vllm_config)
         plan = plan_of(vllm_config)
         config = plan.config
         check_routers(vllm_config, config)

@@ -14,8 +14,11 @@ def register_models() -> None:
     from .compat import config_hook, set_config_hook
     from .deepseek import register_config
     from .engine import MoDEngineConfig
+    from .hooks import STOCK_ARCHITECTURES, StockHook
 
     register_config()
     for base, routed in ARCHITECTURES.items():
         ModelRegistry.register_model(routed, f"vllm_mod.models:{routed}")
-        set_config_hook(routed, MoDEngineConfig.for_base(config_hook(base)))
+        set_config_hook(routed, MoDEngineConfig.over(config_hook(base)))
+    for name in STOCK_ARCHITECTURES:
+        set_config_hook(name, StockHook.over(config_hook(name)))

@@ -149,6 +149,39 @@ class TestWrite:
         assert [n for n in read_json(out / INDEX_FILE)["weight_map"] if "router" in n] == [router_name(3)]
         assert read_routers(out, read_mod_config(out), SHAPE).keys() == {3}
 
+    def test_keys_that_name_absent_files_are_not_carried(self, bare_base, tmp_path):
+        edit_json(
+            bare_base / "config.json",
+            auto_map={"AutoModelForCausalLM": "modeling.Own"},
+            transformers_weights="model.fp16.safetensors",
+        )
+        out = write_checkpoint(bare_base, tmp_path / "out", mod_config(), routers())
+        assert not {"auto_map", "transformers_weights"} & set(read_json(out / "config.json"))
+
+    def test_routers_among_the_bases_weights_are_left_behind(self, bare_base, tmp_path):
+        """vLLM reads every tensor of a file, whatever the index says: old routers would take the place of the new."""
+        tensors = load_file(bare_base / WEIGHTS_FILE)
+        old = {router_name(i): torch.full((1, 8), 7.0) for i in (1, 2)}
+        (bare_base / WEIGHTS_FILE).unlink()
+        save_file(tensors | old, bare_base / "model-00001-of-00001.safetensors", metadata={"format": "pt"})
+        names = dict.fromkeys([*tensors, *old], "model-00001-of-00001.safetensors")
+        (bare_base / INDEX_FILE).write_text(json.dumps({"weight_map": names}))
+        out = write_checkpoint(bare_base, tmp_path / "out", mod_config(), routers())
+        assert load_file(out / "model-00001-of-00001.safetensors").keys() == tensors.keys()
+        assert torch.equal(read_routers(out, mod_config(), SHAPE)[2], routers()[2])
+        assert old.keys() < load_file(bare_base / "model-00001-of-00001.safetensors").keys()  # the base is as it was
+        static = write_checkpoint(bare_base, tmp_path / "static", mod_config(granularity="attn_static"), {})
+        assert read_routers(static, read_mod_config(static), SHAPE) == {}
+
+    def test_an_incomplete_adapter_is_not_half_written(self, bare_base, tmp_path):
+        (tmp_path / "adapter").mkdir()
+        (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+        with pytest.raises(ConfigError, match="adapter_model"):
+            write_checkpoint(
+                bare_base, tmp_path / "out", mod_config(), routers(), folders={"adapter": tmp_path / "adapter"}
+            )
+        assert not (tmp_path / "out").exists()
+
 
 class TestRefusedWrites:
     """A write that fails says why in one line, and leaves the directory as it was."""
@@ -215,7 +248,7 @@ class TestRefusedWrites:
         (tmp_path / "file").write_text("")
         assert "cannot be written" in self.refused(tmp_path, bare_base, output="file/out")
 
-    @pytest.mark.parametrize("step", ["save_file", "link_or_copy", "_write_json"])
+    @pytest.mark.parametrize("step", ["save_file", "link_or_copy", "write_json"])
     def test_full_disk(self, tmp_path, bare_base, monkeypatch, step):
         def full_disk(*_, **__):
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -321,6 +354,73 @@ class TestRefusedReads:
         (full / ROUTERS_FILE).write_bytes(content[:-8])
         with pytest.raises(ConfigError, match=f"{ROUTERS_FILE}: not a readable safetensors file"):
             read_routers(full, mod_config(), SHAPE)
+
+
+class TestWhereRoutersLie:
+    """vLLM reads all files that the index names; so do we."""
+
+    def test_in_a_weight_shard(self, full):
+        shard = full / "model-00002-of-00002.safetensors"
+        save_file(load_file(full / ROUTERS_FILE) | {"model.layers.5.x": torch.ones(1)}, shard)
+        (full / ROUTERS_FILE).unlink()
+        names = read_json(full / INDEX_FILE)["weight_map"]
+        names = {name: shard.name if ".router." in name else file for name, file in names.items()}
+        edit_json(full / INDEX_FILE, weight_map=names | {"model.layers.5.x": shard.name})
+        path, tensors = load_router_tensors(full)
+        assert path == shard and tensors.keys() == set(map(router_name, (2, 4)))
+        assert torch.equal(read_routers(full, mod_config(), SHAPE)[4], routers()[4])
+
+    def test_spread_over_files_whatever_the_index_says_of_them(self, full):
+        tensors, base = load_file(full / ROUTERS_FILE), load_file(full / WEIGHTS_FILE)
+        (full / WEIGHTS_FILE).unlink()  # a hard link to the base's
+        save_file(base | {router_name(2): tensors[router_name(2)]}, full / WEIGHTS_FILE)
+        save_file({router_name(4): tensors[router_name(4)]}, full / ROUTERS_FILE)
+        path, found = load_router_tensors(full)
+        assert path == full and found.keys() == tensors.keys()
+
+    def test_twice(self, full):
+        tensors, base = load_file(full / ROUTERS_FILE), load_file(full / WEIGHTS_FILE)
+        (full / WEIGHTS_FILE).unlink()
+        save_file(base | tensors, full / WEIGHTS_FILE)
+        with pytest.raises(
+            ConfigError, match=rf"layers\.\d\.router\.weight lies in {WEIGHTS_FILE} and in {ROUTERS_FILE}"
+        ):
+            read_routers(full, mod_config(), SHAPE)
+
+    def test_in_a_file_that_the_index_lacks(self, full):
+        names = read_json(full / INDEX_FILE)["weight_map"]
+        edit_json(full / INDEX_FILE, weight_map={n: f for n, f in names.items() if ".router." not in n})
+        with pytest.raises(ConfigError, match=f"{INDEX_FILE}: does not list {ROUTERS_FILE}, so vLLM would not read it"):
+            read_routers(full, mod_config(), SHAPE)
+
+    def test_in_a_sharded_directory_of_the_reference_implementation(self, tmp_path):
+        for i, w in routers().items():
+            save_file({router_name(i): w}, tmp_path / f"model-{i}.safetensors")
+        names = {router_name(i): f"model-{i}.safetensors" for i in routers()}
+        (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": names}))
+        (tmp_path / ROUTER_CONFIG_FILE).write_text(json.dumps(mod_config().to_dict()))
+        assert read_routers(tmp_path, read_mod_config(tmp_path), SHAPE).keys() == {2, 4}
+
+    def test_routers_are_no_base(self, bare_base, tmp_path):
+        save_file({router_name(i): w for i, w in routers().items()}, bare_base / WEIGHTS_FILE)
+        with pytest.raises(ConfigError, match="base: holds no weights of a base model"):
+            write_checkpoint(bare_base, tmp_path / "out", mod_config(), routers())
+
+
+def test_what_is_routed_is_said_in_one_place(full):
+    """vLLM reads config.json: thresholds that are set in another file would change nothing."""
+    (full / ROUTER_CONFIG_FILE).write_text(json.dumps(mod_config(threshold=0.9).to_dict()))
+    for read in (read_mod_config, lambda d: write_mod_config(d, mod_config(threshold=0.3)), load_router_tensors):
+        with pytest.raises(ConfigError, match=f"config.json and {ROUTER_CONFIG_FILE} both say what is routed; remove"):
+            read(full)
+
+
+def test_a_config_of_the_base_beside_routers_alone(tmp_path, bare_base):
+    out = write_routers(tmp_path / "routers", mod_config(), routers())
+    shutil.copy(bare_base / "config.json", out / "config.json")
+    write_mod_config(out, mod_config(threshold=0.25))
+    assert read_mod_config(out).threshold == 0.25
+    assert read_json(out / "config.json") == read_json(bare_base / "config.json")
 
 
 def test_expert_routers_have_a_row_per_expert(tmp_path):

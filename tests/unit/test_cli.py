@@ -60,6 +60,8 @@ def test_table_of_a_full_checkpoint(capsys, full):
 def test_json_of_a_full_checkpoint(capsys, full):
     report = json.loads(inspect(capsys, full, "--json"))
     layers = report.pop("layers")
+    (note,) = report.pop("notes")
+    assert "AutoModelForCausalLM" in note and "dense base model" in note and f"load_reference('{full}')" in note
     assert report == {
         "path": str(full),
         "kind": "full checkpoint",
@@ -86,6 +88,33 @@ def test_router_only_directory(capsys, tmp_path):
     assert (report["kind"], report["architecture"], report["num_layers"]) == ("router-only", None, None)
     assert (report["hidden_size"], [row["layer"] for row in report["layers"]]) == (8, [2, 4])
     assert "routed layers    2\n" in inspect(capsys, out)
+
+
+def test_files_beside_it_are_named_with_the_way_out(capsys, full):
+    (full / "adapter_config.json").write_text("{}")
+    (full / "tekken.json").write_text("{}")
+    table, notes = inspect(capsys, full), json.loads(inspect(capsys, full, "--json"))["notes"]
+    assert [line.removeprefix("note: ") for line in table.splitlines() if line.startswith("note: ")] == notes
+    assert notes[0] == f"{full}/adapter_config.json: transformers would attach this adapter, vLLM would not; remove it"
+    assert notes[1].startswith(f"{full}/tekken.json: transformers would take it for the tokenizer")
+    (full / "original").mkdir()
+    (full / "original/consolidated.00.safetensors").write_bytes(b"")
+    assert main(["inspect", str(full)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "original/consolidated.00.safetensors: vLLM would read this file" in line and "remove it" in line
+
+
+def test_a_path_that_a_shell_would_read_is_not_put_into_a_command(capsys, full, tmp_path):
+    odd = tmp_path / "it's $HOME"
+    full.rename(odd)
+    assert "load_reference('CKPT')" in inspect(capsys, odd)
+
+
+def test_router_only_directory_with_the_bases_config(capsys, bare_base, tmp_path):
+    out = write_routers(tmp_path / "routers", CONFIG, ROUTERS)
+    (out / "config.json").write_bytes((bare_base / "config.json").read_bytes())
+    report = json.loads(inspect(capsys, out, "--json"))
+    assert (report["kind"], report["architecture"], report["notes"]) == ("router-only", None, [])
 
 
 def test_reference_routers(capsys, tmp_path):

@@ -1,5 +1,7 @@
 """The plugin's hook: settings it makes, and what it refuses at start-up. No engine is started."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.models import edit_json, routed_checkpoint, tiny_llama
+from tests.support.models import edit_json, routed_checkpoint, tiny_llama, tiny_model
 from vllm_mod.checkpoint import ROUTERS_FILE
 from vllm_mod.config import ARCHITECTURES
 
@@ -89,6 +91,74 @@ def test_registering_twice_changes_nothing() -> None:
     register()
     assert before == {routed: MODELS_CONFIG_MAP[routed] for routed in ARCHITECTURES.values()}
     assert set(ARCHITECTURES.values()) <= set(ModelRegistry.get_supported_archs())
+
+
+HF_FORMAT = {"config_format": "hf", "load_format": "hf", "tokenizer_mode": "hf"}
+PARAMS = {
+    "dim": 64, "n_layers": 4, "head_dim": 32, "hidden_dim": 160, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-6,
+    "vocab_size": 262, "rope_theta": 10000.0, "max_seq_len": 1024,
+}  # fmt: skip
+
+
+def published_by_mistral(directory: Path) -> Path:
+    (directory / "params.json").write_text(json.dumps(PARAMS))
+    shutil.copy(directory / "model.safetensors", directory / "consolidated.safetensors")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mistral") / "base"
+    return published_by_mistral(tiny_model(path, "mistral", num_hidden_layers=4, sliding_window=None))
+
+
+class TestMistralsOwnFormat:
+    """Mistral publishes `params.json` + `consolidated*.safetensors` beside the HF files, and vLLM prefers those."""
+
+    def test_a_checkpoint_of_such_a_base_is_served_routed(self, mistral: Path, tmp_path: Path) -> None:
+        config = settings(routed_checkpoint(mistral, tmp_path / "c", "attn_sequence", LAYERS))
+        assert config.model_config.architecture == "MistralMoDForCausalLM"
+        assert config.model_config.hf_config.mod_config["layers"] == LAYERS
+
+    def test_a_checkpoint_that_carries_them_is_refused(self, mistral: Path, tmp_path: Path) -> None:
+        checkpoint = published_by_mistral(routed_checkpoint(mistral, tmp_path / "c", "attn_sequence", LAYERS))
+        with pytest.raises(ValueError) as error:
+            settings(checkpoint)
+        words = (str(checkpoint), "as MistralForCausalLM, without its routers", "params.json", "remove them")
+        for word in words:
+            assert word in str(error.value)
+        assert settings(checkpoint, **HF_FORMAT).model_config.architecture == "MistralMoDForCausalLM"
+        for flag in HF_FORMAT:  # all three are needed
+            with pytest.raises(ValueError, match="remove"):
+                settings(checkpoint, **{name: value for name, value in HF_FORMAT.items() if name != flag})
+
+    @pytest.mark.parametrize("name", ["consolidated.00.safetensors", "original/consolidated.safetensors"])
+    def test_weights_alone_are_refused(self, base: Path, tmp_path: Path, name: str) -> None:
+        """The config is read as ours then, and the weights are not."""
+        checkpoint = routed_checkpoint(base, tmp_path / "c", "mlp_static", LAYERS)
+        (checkpoint / name).parent.mkdir(exist_ok=True)
+        shutil.copy(base / "model.safetensors", checkpoint / name)
+        with pytest.raises(ValueError, match=rf"{name}: vLLM would read this file.*remove it"):
+            settings(checkpoint)
+
+    def test_stock_models_are_served_as_ever(self, mistral: Path, base: Path) -> None:
+        assert settings(mistral).model_config.architecture == "MistralForCausalLM"
+        assert settings(base).model_config.architecture == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("more", [{}, {"model_impl": "transformers"}])
+def test_a_routed_checkpoint_is_not_served_as_its_base(base: Path, tmp_path: Path, more: dict[str, str]) -> None:
+    checkpoint = routed_checkpoint(base, tmp_path / "c", "attn_sequence", LAYERS)
+    with pytest.raises(ValueError, match=r"without its routers.*drop --hf-overrides"):
+        settings(checkpoint, hf_overrides={"architectures": ["LlamaForCausalLM"]}, **more)
+
+
+def test_routers_in_a_weight_shard_are_found(base: Path, tmp_path: Path) -> None:
+    checkpoint = routed_checkpoint(base, tmp_path / "c", "attn_sequence", LAYERS)
+    (checkpoint / ROUTERS_FILE).rename(checkpoint / "model-00002-of-00002.safetensors")
+    index = checkpoint / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(ROUTERS_FILE, "model-00002-of-00002.safetensors"))
+    assert settings(checkpoint).model_config.architecture == "LlamaMoDForCausalLM"
 
 
 def _edit_routers(checkpoint: Path, change: Any) -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from vllm_mod.stats import MoDPromMetrics, MoDStats, RoutingCounts
@@ -11,9 +12,9 @@ from vllm_mod.stats import MoDPromMetrics, MoDStats, RoutingCounts
 def test_counts_are_taken_once() -> None:
     counts = RoutingCounts([3, 5])
     assert counts.take() is None
-    counts.add(3, 1, 2)
-    counts.add(5, 0, 2)
-    counts.add(5, 2, 2)
+    counts.add(0, 1, 2)
+    counts.add(1, 0, 2)
+    counts.decided(torch.tensor([[False, True], [True, True]]), [1])
     stats = counts.take()
     assert stats is not None and stats.data["kept"] == {"3": 1, "5": 2} and stats.data["routed"] == {"3": 2, "5": 4}
     assert counts.take() is None
@@ -22,7 +23,7 @@ def test_counts_are_taken_once() -> None:
 def test_only_layers_that_were_routed_are_reported() -> None:
     """A pipeline rank counts its own layers."""
     counts = RoutingCounts([3, 5])
-    counts.add(5, 0, 2)
+    counts.add(1, 0, 2)
     stats = counts.take()
     assert stats is not None and stats.data["kept"] == {"5": 0} and stats.data["routed"] == {"5": 2}
 

@@ -16,15 +16,24 @@ import torch
 from torch import Tensor
 
 from vllm_mod.calibration import Calibration, OperatingPoint, write_calibration
-from vllm_mod.checkpoint import BaseShape, read_json, read_mod_config, read_patches, read_routers, write_mod_config
+from vllm_mod.checkpoint import (
+    BaseShape,
+    is_router_only,
+    read_mod_config,
+    read_patches,
+    read_routers,
+    write_mod_config,
+)
 from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.dial import ways_to_ask
+from vllm_mod.files import CONFIG_FILE, read_json
 
 from . import card
 from .arguments import CalibrateArguments
 from .data import Collator, check_sources, read_sources, split_tail, tokenize
-from .export import local_model
 from .fitting import Measured, Meter, fit, thresholds_like
+from .hub import local_model
+from .lora import ADAPTER_DIR, load_adapter
 from .model import attach_routers, load_base, load_reference
 
 log = logging.getLogger(__name__)
@@ -40,7 +49,7 @@ def calibrate(args: CalibrateArguments, command: str) -> Calibration:
     """
     directory, config = _checked(args)
     check_sources(args.data)
-    base = directory if _is_full(directory) else local_model(args.model or config.base_model or "")
+    base = local_model(args.model or config.base_model or "") if is_router_only(directory) else directory
     batches, used = _batches(args, config, base)
     meter = Meter(_load(directory, config, base), batches)
     # Cutoffs per layer carry what is known of the layers: for a ratio of all layers together they move together.
@@ -113,10 +122,6 @@ def report(record: Calibration, directory: str) -> None:
     print(f"written: {directory}")
 
 
-def _is_full(directory: Path) -> bool:
-    return (directory / "config.json").is_file()
-
-
 def _checked(args: CalibrateArguments) -> tuple[Path, ModConfig]:
     directory = Path(args.checkpoint)
     if not directory.is_dir():
@@ -133,7 +138,7 @@ def _checked(args: CalibrateArguments) -> tuple[Path, ModConfig]:
     for flag, number in (("--max-samples", args.max_samples), ("--batch-size", args.batch_size)):
         if number < 1:
             raise ConfigError(f"{flag} {number}: at least 1 is needed")
-    if not _is_full(directory) and not (args.model or config.base_model):
+    if is_router_only(directory) and not (args.model or config.base_model):
         raise ConfigError(f"{directory}: names no base model; pass it with --model")
     return directory, config
 
@@ -175,8 +180,11 @@ def _load(directory: Path, config: ModConfig, base: Path) -> Any:
     if base == directory:
         model = load_reference(directory, dtype, config)
     else:
-        shape = BaseShape.of(read_json(base / "config.json"), str(base / "config.json"))
+        shape = BaseShape.of(read_json(base / CONFIG_FILE), str(base / CONFIG_FILE))
         routers, patches = read_routers(directory, config, shape), read_patches(directory, config, shape)
         model = load_base(base, dtype).eval()
         attach_routers(model, config, routers, patches)
+        if (directory / ADAPTER_DIR).is_dir():  # the routers were trained with it
+            load_adapter(model, directory / ADAPTER_DIR)
+            model.eval()
     return model.to("cuda") if on_gpu else model

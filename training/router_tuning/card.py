@@ -14,9 +14,10 @@ from typing import Any
 import yaml
 
 from vllm_mod.calibration import Calibration, read_calibration
-from vllm_mod.checkpoint import ROUTER_CONFIG_FILE, read_json, read_mod_config
+from vllm_mod.checkpoint import is_router_only, read_mod_config
 from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.dial import ways_to_ask
+from vllm_mod.files import REFERENCE_COMMAND, read_json
 
 CARD_FILE = "README.md"
 _WHAT = {"attn": "self-attention", "mlp": "MLP", "block": "attention and MLP", "expert": "routed experts"}
@@ -30,6 +31,15 @@ _LICENCES = {
     "LLAMA 3.2 COMMUNITY LICENSE": "llama3.2",
     "LLAMA 3.3 COMMUNITY LICENSE": "llama3.3",
 }
+_IN_TRANSFORMERS = f"""## In transformers
+
+`AutoModelForCausalLM.from_pretrained` gives the *dense base model* of this checkpoint without a word, since
+`model_type` is the base's; so do tools that load with it, such as peft and lm-eval's `hf` backend (use
+`lm_eval --model vllm`). With its routers (needs `vllm-mod[train]`):
+
+```console
+$ {REFERENCE_COMMAND}
+```"""
 _LORA_RANKS = (16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes, from its default on
 
 
@@ -63,6 +73,7 @@ def render(directory: Path) -> str:
         f"# {_base_name(config)}, {config.granularity}",
         _introduction(config),
         _serving(directory, config, records["training_args"]),
+        "" if is_router_only(directory) else _IN_TRANSFORMERS,
         _kept(config, records["trainer_log"], calibration),
         _operating_points(config, calibration),
         _evaluation(records["evaluation"]),
@@ -151,7 +162,7 @@ def _ranges(layers: Sequence[int]) -> str:
 
 def _serving(directory: Path, config: ModConfig, args: dict[str, Any]) -> str:
     lines, more = [], ""
-    if (directory / ROUTER_CONFIG_FILE).is_file():
+    if is_router_only(directory):
         base = _hub_name(config) or "BASE"
         lines.append(f"router-tuning export --model {base} --routers ROUTERS --output CKPT   # these are routers alone")
     if (directory / "adapter" / "adapter_config.json").is_file():

@@ -1,4 +1,4 @@
-"""Base model + routers -> full checkpoint, and where models come from: a directory or the hub."""
+"""Base model + routers -> full checkpoint."""
 
 from __future__ import annotations
 
@@ -13,46 +13,32 @@ from torch import Tensor
 from vllm_mod.calibration import CALIBRATION_FILE, read_calibration
 from vllm_mod.checkpoint import (
     BaseShape,
-    read_json,
+    base_weight_map,
+    is_router_only,
     read_mod_config,
     read_patches,
     read_routers,
     write_checkpoint,
 )
 from vllm_mod.config import ConfigError, ModConfig, mod_architecture
+from vllm_mod.files import ADAPTER_FILES, CONFIG_FILE, read_json
 from vllm_mod.tensors import Patch
 
 from . import card
 from .arguments import ExportArguments, check_output, make_mod_config
+from .hub import local_model, warn_of_strangers
 from .lora import ADAPTER_DIR
-
-_WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*"]
-
-
-def local_model(name: str) -> Path:
-    """The directory of a model: `name` itself, or a snapshot from the hub (safetensors only)."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists():
-        raise ConfigError(f"{name}: no such directory")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=_WANTED))
-    except Exception as error:  # no network, no such repository, no access: all the same to the user
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"{name}: neither a local directory nor a model the hub gives: {reason}") from None
 
 
 def base_shape(directory: Path) -> BaseShape:
-    """The base model's shape; raises ConfigError if it is not supported or routed already."""
-    path = directory / "config.json"
+    """The base model's shape; raises ConfigError if it is not supported, routed already, or not whole."""
+    path = directory / CONFIG_FILE
     data = read_json(path)
     shape = BaseShape.of(data, str(path))
     mod_architecture(shape.architecture)
     if "mod_config" in data:
         raise ConfigError(f"{path}: this is a routed checkpoint; give its base model")
+    base_weight_map(directory)
     return shape
 
 
@@ -61,6 +47,7 @@ def export(args: ExportArguments, records: dict[str, str] | None = None) -> Path
     check_output(args.output)
     base = local_model(args.model)
     shape = base_shape(base)
+    warn_of_strangers(base)
     parts = _parts(args, base, shape)
     records = {**(records or {}), **parts.records}
     output = write_checkpoint(base, args.output, parts.config, parts.routers, records, parts.folders, parts.patches)
@@ -85,14 +72,17 @@ def _parts(args: ExportArguments, base: Path, shape: BaseShape) -> Parts:
         if args.window != "none":
             raise ConfigError("--window is for routers that decide per sequence; pass --routers, or drop it")
         return Parts(_static_config(args, base, shape))
-    directory = local_model(args.routers)
+    directory = local_model(args.routers, routers=True)
     config = _router_config(directory, args, shape)
+    adapter = directory / ADAPTER_DIR
+    if adapter.is_dir() and (missing := [name for name in ADAPTER_FILES if not (adapter / name).is_file()]):
+        raise ConfigError(f"{adapter}: {missing[0]} is missing; the routers were trained with this adapter")
     table = read_calibration(directory, config)
     return Parts(
         config,
         read_routers(directory, config, shape),
         read_patches(directory, config, shape),
-        folders={ADAPTER_DIR: directory / ADAPTER_DIR} if (directory / ADAPTER_DIR).is_dir() else {},
+        folders={ADAPTER_DIR: adapter} if adapter.is_dir() else {},
         records={CALIBRATION_FILE: json.dumps(table.to_dict(), indent=2, ensure_ascii=False) + "\n"} if table else {},
     )
 
@@ -101,7 +91,7 @@ def _static_config(args: ExportArguments, base: Path, shape: BaseShape) -> ModCo
     """What is dropped for good: chosen on data, listed by the base itself, or named by the flags."""
     if args.drop_attention is not None:
         return drop_config(args, base, shape)
-    if args.granularity is None and (skipped := skip_lists(read_json(base / "config.json"), str(base))):
+    if args.granularity is None and (skipped := skip_lists(read_json(base / CONFIG_FILE), str(base))):
         return ModConfig.parse({"version": 1, "base_model": args.model, **skipped}, "per_layer_config")
     if args.granularity is None or not args.granularity.endswith("_static"):
         raise ConfigError("--routers is missing; only *_static granularities have none")
@@ -135,13 +125,15 @@ def skip_lists(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _router_config(directory: Path, args: ExportArguments, shape: BaseShape) -> ModConfig:
-    """What the router directory says; the flags only where it says nothing (the authors' own router files)."""
-    if any((directory / name).is_file() for name in ("mod_config.json", "config.json")):
+    """What the router directory says; the flags only where it says nothing (the authors' own router files, which may
+    have a `config.json` beside them)."""
+    config = directory / CONFIG_FILE
+    if is_router_only(directory) or (config.is_file() and "mod_config" in read_json(config)):
         if args.granularity is not None or args.layers is not None or args.window != "none":
             raise ConfigError(f"{directory}: says itself what it routes; drop --granularity, --layers and --window")
         return read_mod_config(directory)
     if args.granularity is None:
-        raise ConfigError(f"{directory}: no mod_config.json; say what the routers are for with --granularity, --layers")
+        raise ConfigError(f"{directory}: no mod_config; say what the routers are for with --granularity, --layers")
     return make_mod_config(args, shape, base_model=args.model)
 
 

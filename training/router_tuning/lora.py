@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vllm_mod.checkpoint import BaseShape, base_weight_map, link_or_copy
+from vllm_mod.checkpoint import BaseShape, base_weight_map
 from vllm_mod.config import ConfigError, ModConfig
+from vllm_mod.files import ADAPTER_CONFIG_FILE, link_or_copy, model_files, open_weights
 
 from .arguments import RouterArguments, parse_layers
 
@@ -99,12 +100,9 @@ def _check_targets(base: Path, targets: list[str], layers: list[int], output: st
             raise ConfigError(f"--lora-target-modules: {base} has no {target!r} in layers {layers[0]} to {layers[-1]}")
         if output == "adapter" and any(".experts." in name for name in found):
             raise ConfigError(f"--lora-target-modules: adapters on experts ({target!r}) are not served; use merged")
-        try:
-            with safe_open(base / files[found[0]], framework="pt") as file:
-                part = file.get_slice(found[0])
-                kind, size = part.get_dtype(), part.get_shape()
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"{base / files[found[0]]}: not a readable safetensors file: {error}") from None
+        with open_weights(base / files[found[0]]) as file:
+            part = file.get_slice(found[0])
+            kind, size = part.get_dtype(), part.get_shape()
         if kind not in ("F32", "F16", "BF16", "F64") or len(size) != 2:
             raise ConfigError(f"--lora-target-modules: {found[0]} is {kind} {size}; a matrix of floats is needed")
 
@@ -190,7 +188,7 @@ def write_adapter(directory: Path, settings: Any, tensors: Mapping[str, Tensor])
     directory.mkdir(parents=True, exist_ok=True)
     directory.chmod(0o755)
     data = settings.to_dict() | {"inference_mode": True, "target_modules": sorted(settings.target_modules)}
-    (directory / "adapter_config.json").write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
+    (directory / ADAPTER_CONFIG_FILE).write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
     save_file(dict(tensors), directory / ADAPTER_FILE, metadata={"format": "pt"})
     (directory / ADAPTER_FILE).chmod(0o644)
     return directory
@@ -225,7 +223,10 @@ def placed(base: Path, final: Path, settings: Any, output: str) -> Iterator[tupl
 
 
 def merge_into_base(base: Path, output: Path, tensors: Mapping[str, Tensor], scale: float) -> Path:
-    """The base's files in `output`: those with adapted weights anew, `W + scale * B A`, the others linked."""
+    """The base's files in `output`: those with adapted weights anew, `W + scale * B A`, the others linked.
+
+    Files that are no part of the model stay behind. What is written anew is never written through a link.
+    """
     files = base_weight_map(base)
     changed: dict[str, dict[str, Tensor]] = {}
     for name, a in tensors.items():
@@ -234,13 +235,14 @@ def merge_into_base(base: Path, output: Path, tensors: Mapping[str, Tensor], sca
             weight = module.removeprefix(_PREFIX) + ".weight"
             changed.setdefault(files[weight], {})[weight] = scale * tensors[f"{module}.lora_B.weight"] @ a
     output.mkdir(parents=True, exist_ok=True)
-    for source in base.iterdir():
-        if source.is_file() and source.name not in changed:
-            link_or_copy(source, output / source.name)
+    for name in model_files(base):
+        if name not in changed:
+            link_or_copy(base / name, output / name)
     for file, deltas in changed.items():
         weights = load_file(base / file)
         for name, delta in deltas.items():
             weights[name] = (weights[name].float() + delta).to(weights[name].dtype)
+        (output / file).unlink(missing_ok=True)
         save_file(weights, output / file, metadata={"format": "pt"})
         (output / file).chmod(0o644)
     return output

@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from vllm_mod.checkpoint import BaseShape, read_json, read_mod_config, read_patches, read_routers
+from vllm_mod.checkpoint import BaseShape, read_mod_config, read_patches, read_routers
 from vllm_mod.config import ConfigError, ModConfig
+from vllm_mod.files import CONFIG_FILE, read_json, without_strangers
 from vllm_mod.tensors import Patch, check_routers, named_tensors
 
 from .experts import gate_experts
+from .hub import warn_of_strangers
 from .lora import ADAPTER_DIR, load_adapter
 from .routing import LinearPatch, Router, Routing, routing_of
 from .sublayers import MIXINS, make_skippable
@@ -184,7 +187,7 @@ def load_reference(
     """
     directory = Path(checkpoint_dir)
     stored = read_mod_config(directory)
-    shape = BaseShape.of(read_json(directory / "config.json"), str(directory / "config.json"))
+    shape = BaseShape.of(read_json(directory / CONFIG_FILE), str(directory / CONFIG_FILE))
     routers = read_routers(directory, stored, shape)
     model = load_base(directory, dtype, attn_implementation)
     config = config or stored
@@ -197,21 +200,42 @@ def load_reference(
 
 
 def load_base(directory: str | Path, dtype: torch.dtype, attn_implementation: str | None = None) -> Any:
-    """The stock HF model; router tensors in the index are left for `attach_routers`."""
+    """The stock HF model of `directory` as it would be served: of its config and the weights that its index names.
+
+    An adapter, other weights or code that lie beside them are left out, with a warning. Router tensors in the index are
+    left for `attach_routers`. Raises ConfigError where this is no whole model.
+    """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     from .deepseek import register
 
     register()
+    directory = Path(directory)
     try:
-        hf_config = AutoConfig.from_pretrained(directory)
+        hf_config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
     except (KeyError, ValueError, OSError) as error:
-        raise ConfigError(f"{directory}: not a causal language model that transformers knows: {error}") from None
-    with _ignoring_routers(model_class):
-        kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-        return model_class.from_pretrained(directory, config=hf_config, dtype=dtype, **kwargs)
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{directory}: not a causal language model that transformers knows: {reason}") from None
+    if hasattr(hf_config, "transformers_weights"):
+        hf_config.transformers_weights = None  # names a file that vLLM does not ask for
+    warn_of_strangers(directory)
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with without_strangers(directory) as view, _ignoring_routers(model_class):
+        try:
+            model, info = model_class.from_pretrained(
+                view, config=hf_config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+        except (ImportError, OSError, RuntimeError, ValueError, SafetensorError) as error:
+            raise ConfigError(f"{directory}: weights cannot be loaded: {' '.join(str(error).split())}") from None
+    # transformers would fill both with random numbers
+    if missing := sorted(info["missing_keys"]):
+        raise ConfigError(f"{directory}: the weights lack {missing[0]} ({len(missing)} tensors in all)")
+    for name, found, needed in info["mismatched_keys"]:
+        raise ConfigError(f"{directory}: {name} has shape {list(found)}, the config asks for {list(needed)}")
+    model.name_or_path = model.config.name_or_path = str(directory)
+    return model
 
 
 @contextlib.contextmanager

@@ -26,7 +26,8 @@ from .arguments import (
     make_mod_config,
 )
 from .data import Collator, Counts, check_sources, describe, read_sources, split_tail, tokenize
-from .export import base_shape, local_model
+from .export import base_shape
+from .hub import local_model
 from .loss import CapacityLoss
 from .model import attach_routers, freeze_base, load_base, routing_of
 from .plot import plot_training

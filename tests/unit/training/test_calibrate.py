@@ -15,7 +15,7 @@ from router_tuning.calibrate import collate
 from router_tuning.cli import main
 from router_tuning.data import read_sources, tokenize
 from router_tuning.fitting import measure
-from router_tuning.model import load_reference, reference_decisions, reference_logits
+from router_tuning.model import load_base, load_reference, reference_decisions, reference_logits
 from tests.support.models import random_routers, routed_checkpoint, tiny_model
 from vllm_mod.calibration import read_calibration
 from vllm_mod.checkpoint import read_mod_config, write_checkpoint, write_routers
@@ -222,6 +222,50 @@ def test_routers_alone(base_dir, data_file, tmp_path, capsys):
     write_routers(tmp_path / "nameless", ModConfig.parse(config, "test"), routers)
     assert calibrate(tmp_path / "nameless", data_file) == 2
     assert "--model" in capsys.readouterr().err
+
+
+def test_routers_alone_are_calibrated_with_the_adapter_they_were_trained_with(base_dir, texts, tmp_path):
+    """The kept ratio of what is served: the same routers without the adapter keep something else."""
+    from peft import LoraConfig
+
+    from router_tuning.lora import adapter_tensors, attach_adapter, write_adapter
+
+    data = {"version": 1, "granularity": "attn_sequence", "layers": [1, 2], "base_model": str(base_dir)}
+    config = ModConfig.parse(data, "test")
+    settings = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["down_proj", "o_proj"])
+    model = load_base(base_dir, torch.float32)
+    attach_adapter(model, settings)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(t.shape, generator=generator) for name, t in adapter_tensors(model).items()}
+    for name in ("with", "without"):
+        write_routers(tmp_path / name, config, random_routers(config, 32))
+    write_adapter(tmp_path / "with" / "adapter", settings, tensors)
+    for name in ("with", "without"):
+        assert calibrate(tmp_path / name, texts, "--operating-points", "0.5", target="0.4") == 0
+        parts = [
+            "--model",
+            str(base_dir),
+            "--routers",
+            str(tmp_path / name),
+            "--output",
+            str(tmp_path / f"{name}-full"),
+        ]
+        assert main(["export", *parts]) == 0
+        kept = served_kept(tmp_path / f"{name}-full", texts)
+        assert sum(kept.values()) / len(kept) == pytest.approx(record_of(tmp_path / name)["kept"], abs=1e-3)
+        assert record_of(tmp_path / name)["kept"] == pytest.approx(0.4, abs=0.02)
+    thresholds = [read_mod_config(tmp_path / name).threshold for name in ("with", "without")]
+    assert abs(thresholds[0] - thresholds[1]) > 0.05
+
+
+def test_routers_alone_with_the_bases_config_beside_them(base_dir, data_file, tmp_path):
+    data = {"version": 1, "granularity": "attn_sequence", "layers": [1, 2], "base_model": str(base_dir)}
+    config = ModConfig.parse(data, "test")
+    out = write_routers(tmp_path / "routers", config, random_routers(config, 32))
+    (out / "config.json").write_bytes((base_dir / "config.json").read_bytes())
+    assert calibrate(out, data_file, "--operating-points", "0.5", target="0.4") == 0
+    assert read_mod_config(out).threshold == record_of(out)["threshold"]
+    assert (out / "config.json").read_bytes() == (base_dir / "config.json").read_bytes()
 
 
 def test_a_held_out_part(routed, data_file):

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from router_tuning import card
 from router_tuning.cli import main
+from router_tuning.model import greedy, load_reference
+from tests.support.models import routed_checkpoint
 from tests.unit.training.test_trainer import train
 from vllm_mod.config import ConfigError
 
@@ -172,6 +177,28 @@ def test_a_static_checkpoint_has_no_kept_ratio(base_dir, tmp_path):
     text = (out / "README.md").read_text()
     assert "without the self-attention of layers 1-2" in text and "Kept ratio" not in text
     assert "$ router-tuning export" in text
+
+
+def test_how_it_is_used_in_transformers(base_dir, tmp_path):
+    """The card's command answers as the routed model does; `AutoModelForCausalLM` would answer as the dense one."""
+    out = routed_checkpoint(base_dir, tmp_path / "out", "attn_sequence", (1, 2, 3), seed=3)
+    card.write(out)
+    text = (out / "README.md").read_text()
+    assert "gives the *dense base model*" in text and "lm_eval --model vllm" in text
+    (command,) = [line[2:] for line in text.splitlines() if "load_reference" in line]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    found = subprocess.run(
+        command.replace("CKPT", str(out)),
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PATH": path, "PYTHONPATH": ":".join(sys.path)},
+    )
+    assert found.returncode == 0, found.stderr
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    ids = tokenizer("The capital of France is").input_ids
+    assert found.stdout.strip("\n") == tokenizer.decode(greedy(load_reference(out), ids, 8)[0]).strip("\n")
 
 
 def test_a_router_only_directory_says_how_to_join_it(tmp_path):

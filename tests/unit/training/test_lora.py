@@ -21,6 +21,7 @@ from router_tuning.lora import (
     merge_into_base,
     own_group,
     without_adapter,
+    write_adapter,
 )
 from router_tuning.model import (
     attach_routers,
@@ -192,6 +193,50 @@ def test_only_shards_with_adapted_weights_are_written_anew(base_dir, data_file, 
     }
     assert linked == set(before) - adapted and linked
     assert reference_logits(load_reference(tmp_path / "out"), [3, 4, 5], 2).isfinite().all()
+
+
+def test_nothing_is_written_through_a_link_or_out_of_the_directory(base_dir, tmp_path):
+    base, theirs = tmp_path / "base", tmp_path / "theirs.safetensors"
+    base.mkdir()
+    (base / "config.json").write_bytes((base_dir / "config.json").read_bytes())
+    theirs.write_bytes((base_dir / "model.safetensors").read_bytes())
+    before = theirs.read_bytes()
+    model, _ = adapted(base_dir)
+    ones = {name: torch.ones_like(tensor) for name, tensor in adapter_tensors(model).items()}
+    index = base / "model.safetensors.index.json"
+    for name in ("../theirs.safetensors", str(theirs)):
+        index.write_text(json.dumps({"weight_map": dict.fromkeys(load_file(theirs), name)}))
+        with pytest.raises(ConfigError, match=r"index\.json: weight_map has .*theirs.* only the plain name"):
+            merge_into_base(base, tmp_path / "out", ones, 0.5)
+        with pytest.raises(ConfigError, match="weight_map has"):
+            settings_for(base, make_config("attn_token", [1, 2]))
+    index.unlink()
+    (base / "model.safetensors").symlink_to(theirs)
+    (tmp_path / "out").mkdir()
+    os.link(theirs, tmp_path / "out" / "model.safetensors")  # of an attempt before
+    merge_into_base(base, tmp_path / "out", ones, 0.5)
+    assert theirs.read_bytes() == before
+    assert not os.path.samefile(theirs, tmp_path / "out" / "model.safetensors")
+    merged, name = load_file(tmp_path / "out" / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    assert not torch.equal(merged[name], load_file(theirs)[name])
+
+
+def test_a_merged_checkpoint_has_nothing_of_what_lies_beside_its_base(base_dir, data_file, tmp_path):
+    """An adapter left beside it least of all: transformers would attach it to the merged weights."""
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in base_dir.iterdir():
+        (base / file.name).write_bytes(file.read_bytes())
+    model, settings = adapted(base_dir)
+    write_adapter(base, settings, {name: tensor + 1 for name, tensor in adapter_tensors(model).items()})
+    (base / "consolidated.safetensors").write_bytes((base / "model.safetensors").read_bytes())
+    for name, source in (("plain", base_dir), ("beside", base)):
+        assert train(source, data_file, tmp_path / name, *LORA) == 0
+    plain, beside = ({path.name for path in (tmp_path / name).iterdir()} for name in ("plain", "beside"))
+    assert beside == plain
+    for file in ("model.safetensors", "routers.safetensors"):
+        one, other = (load_file(tmp_path / name / file) for name in ("plain", "beside"))
+        assert all(torch.equal(one[key], other[key]) for key in one), file
 
 
 def test_experts_are_merged_where_they_are_linear_modules(tmp_path):
