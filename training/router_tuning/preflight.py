@@ -20,11 +20,14 @@ from .arguments import RouterArguments, RouterTrainingArguments
 
 #: Settings whose change would have no effect on a resumed run, as they come from its state, or would mix up its data.
 _KEPT = (
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "weight_decay", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
-    "seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last",
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps",
+    "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last",
 )  # fmt: skip
-_KEPT_OF_ROUTERS = ("capacity_loss", "capacity_lambda", "lora_r", "lora_alpha", "lora_dropout", "lora_learning_rate")
+_KEPT_OF_ROUTERS = (
+    "capacity_loss", "capacity_lambda", "lora_r", "lora_alpha", "lora_dropout", "lora_layers", "lora_learning_rate",
+    "lora_target_modules",
+)  # fmt: skip
 
 
 def check_machine(training_args: RouterTrainingArguments, command: str) -> None:

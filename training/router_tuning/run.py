@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -104,7 +103,8 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
         if states.newest_whole(run_dir)[0] is None:
             raise
         if _is_main(training_args):
-            again = shlex.join(["router-tuning", *shlex.split(command)[1:]])
+            launched = training_args.world_size > 1  # by a command that is not known here
+            again = f"the same launcher and: {command}" if launched else command
             print(f"interrupted; go on with: {again}{'' if args.resume else ' --resume'}", file=sys.stderr)
         return INTERRUPTED
     except RuntimeError as error:

@@ -65,6 +65,8 @@ class RouterTrainer(Trainer):
         self._logged = 0
         #: Where a state is being written; None: none is.
         self._states_in: Path | None = None
+        if self.args.should_save:  # what a killed run had begun
+            shutil.rmtree(Path(self.args.output_dir) / states.TEMPORARY, ignore_errors=True)
         self.add_callback(_Steps(self))
 
     # ------------------------------------------------------------ a step
@@ -160,14 +162,14 @@ class RouterTrainer(Trainer):
 
     def _stop(self, fault: str) -> NoReturn:
         """End a run that can only get worse, in one line."""
-        step, rate = len(self.history) + 1, f"{self.args.learning_rate:g}"
+        step, rates = len(self.history) + 1, f"a --learning-rate below {self.args.learning_rate:g}"
+        if self.adapter_learning_rate is not None:
+            rates += f" or a --lora-learning-rate below {self.adapter_learning_rate:g}"
         if step == 1:
-            advice = "nothing was trained yet: look at the base model's weights, or try --bf16 false"
-        else:
-            advice = f"try a --learning-rate below {rate}" + (", or --bf16 for --fp16" if self.args.fp16 else "")
+            rates = "--bf16 false; nothing was trained yet, so look at the base model's weights, too"
         state, _ = states.newest_whole(Path(self.args.output_dir))
         left = f"the last good state is {state}" if state else "no state had been written"
-        raise ConfigError(f"step {step}: {fault}, so training was stopped; {advice}; {left}")
+        raise ConfigError(f"step {step}: {fault}, so training was stopped; try {rates}; {left}")
 
     def _learning_rate_share(self) -> float:
         """This step's part of the run's learning: what the schedule gives it, about 1 / steps on average."""
@@ -214,7 +216,7 @@ class RouterTrainer(Trainer):
         temporary = run_dir / states.TEMPORARY / states.path_of(run_dir, step).name
         self._states_in = temporary.parent
         try:
-            with writable(states.path_of(run_dir, step), "earlier states are as they were: make room, then --resume"):
+            with writable(states.path_of(run_dir, step), "states before it are as they were: make room, then --resume"):
                 super()._save_checkpoint(model, trial)
                 save_file(self.average.state_dict(), temporary / _AVERAGE_FILE.format(self.args.process_index))
                 self.accelerator.wait_for_everyone()

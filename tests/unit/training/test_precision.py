@@ -139,6 +139,6 @@ def test_a_base_that_computes_nan_is_told_at_once(base_dir, data_file, tmp_path,
         (broken / file.name).write_bytes(file.read_bytes())
     assert train(broken, data_file, tmp_path / "out") == 2
     line = one_error(capsys)
-    assert "step 1: the loss is nan" in line and "nothing was trained yet: look at the base model's weights" in line
+    assert "step 1: the loss is nan" in line and "nothing was trained yet, so look at the base model's weights" in line
     assert "no state had been written" in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]

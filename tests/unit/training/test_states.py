@@ -105,7 +105,7 @@ def test_a_full_disk_costs_one_line_and_no_state(base_dir, data_file, tmp_path, 
     full_disk(6, method)
     assert train(base_dir, data_file, tmp_path / "out", "--save-steps", "2") == 2
     line = one_error(capsys)
-    assert f"{run_dir}/checkpoint-6: cannot be written: " in line and "earlier states are as they were" in line
+    assert f"{run_dir}/checkpoint-6: cannot be written: " in line and "states before it are as they were" in line
     assert sorted(path.name for path in run_dir.iterdir()) == ["checkpoint-2", "checkpoint-4"]
     monkeypatch.undo()
     assert train(base_dir, data_file, tmp_path / "out", "--save-steps", "2", "--resume") == 0
@@ -122,6 +122,9 @@ def test_a_run_goes_on_from_the_newest_whole_state(base_dir, data_file, tmp_path
     assert train(base_dir, data_file, tmp_path / "out", *flags) == 130
     monkeypatch.undo()
     newest = states.found_in(run_dir)[-1]
+    begun = run_dir / states.TEMPORARY / "checkpoint-6/torn"  # by a run that was killed
+    begun.parent.mkdir(parents=True)
+    begun.touch()
     if damage == "empty":
         newest = run_dir / "checkpoint-7"  # of a run that was killed
         newest.mkdir()
@@ -129,9 +132,11 @@ def test_a_run_goes_on_from_the_newest_whole_state(base_dir, data_file, tmp_path
         (newest / "optimizer.pt").unlink()
     else:
         (newest / "optimizer.pt").write_bytes((newest / "optimizer.pt").read_bytes()[:-1])
-    assert train(base_dir, data_file, tmp_path / "out", *flags, "--resume") == 0
+    assert train(base_dir, data_file, tmp_path / "out", *flags, "--resume", "--run-dir", str(run_dir)) == 0
     assert f"{newest}: not a whole state" in caplog.text and "going on from" in caplog.text
-    assert not run_dir.exists()
+    left = {path.name for path in run_dir.iterdir()}
+    assert left == {"final", "checkpoint-8"} | ({"checkpoint-4", "checkpoint-6"} if damage != "empty" else set())
+    assert not any((run_dir / name / "torn").exists() for name in left)
     assert train(base_dir, data_file, tmp_path / "whole") == 0
     whole, out = routers_of(tmp_path / "whole"), routers_of(tmp_path / "out")
     assert all(torch.equal(whole[name], out[name]) for name in whole)
