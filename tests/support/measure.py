@@ -31,9 +31,7 @@ def measure(base: Path, data: Path, granularity: str) -> dict[str, Any]:
     config = ModConfig.parse({"version": 1, "granularity": granularity, "layers": [0, 1]}, "test")
     attach_routers(model, config, {i: torch.randn(shape, generator=draw) for i in (0, 1)})
     with tempfile.TemporaryDirectory() as directory:
-        arguments = RouterTrainingArguments(
-            output_dir=directory, per_device_eval_batch_size=4, use_cpu=True, dataloader_drop_last=True
-        )
+        arguments = RouterTrainingArguments(output_dir=directory, per_device_eval_batch_size=4, use_cpu=True)
         trainer = RouterTrainer(
             model=model, args=arguments, eval_dataset=dataset, data_collator=Collator(2),
             capacity=CapacityLoss("controller", 0.5),
