@@ -86,6 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"router-tuning: error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith(("router_tuning", "vllm_mod")):
+            raise
+        print(f'router-tuning: error: {error}; install it with: pip install "vllm-mod[train]"', file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("router-tuning: interrupted", file=sys.stderr)
         return 130

@@ -13,6 +13,7 @@ import torch
 from transformers import get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
+from vllm_mod.checkpoint import read_json
 from vllm_mod.config import ConfigError, ModConfig
 
 from . import states
@@ -85,6 +86,14 @@ def check_writable(path: Path, place: Path) -> None:
         raise ConfigError(f"{path}: cannot be written: {place}: {error.strerror}") from None
 
 
+def check_vocabulary(base: Path, *samples: Any) -> None:
+    """Every token must have an embedding: on a GPU one that has none ends all, without a word of why."""
+    size = read_json(base / "config.json").get("vocab_size")
+    largest = max(max(ids) for part in samples for ids in part["input_ids"])
+    if isinstance(size, int) and largest >= size:
+        raise ConfigError(f"{base}: its tokenizer gives token {largest}, and the model has {size} (vocab_size)")
+
+
 # ---------------------------------------------------------------- states
 
 
@@ -120,8 +129,8 @@ def check_same(state: Path, settings: Mapping[str, Any], processes: int) -> None
     """Raise ConfigError where a run would go on with other settings than it began with."""
     from .trainer import STATE_FILE
 
-    before = json.loads((state / STATE_FILE).read_text(encoding="utf-8")).get("settings", {})
-    found = states.differences(before, dict(settings))
+    before = json.loads((state / STATE_FILE).read_text(encoding="utf-8"))["settings"]
+    found = states.differences(before, settings)
     if (were := states.processes_of(state)) != processes:
         found.append(f"it had {were} processes, this run has {processes}")
     if found:

@@ -62,6 +62,7 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     train_set, eval_set, data_record = _datasets(args, training_args, tokenizer)
+    preflight.check_vocabulary(base, train_set, eval_set)
 
     training_args.output_dir = str(run_dir)
     if training_args.learning_rate is None:

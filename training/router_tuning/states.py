@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +112,12 @@ def remove_if_empty(directory: Path) -> None:
         return  # a report's logs are there, or it never was
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Settings that a state was written with and that are others now, as `--flag was 1, is 2`."""
     return [
-        f"--{name.replace('_', '-')} was {before[name]}, is {value}"
-        for name, value in now.items()
-        if name in before and before[name] != value
+        f"--{name.replace('_', '-')} was {before.get(name)}, is {now.get(name)}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -82,6 +83,22 @@ def test_data_that_is_too_small(base_dir, data_file, tmp_path, capsys):
     for data, more, message in cases:
         assert train(base_dir, data, tmp_path / "out", *more) == 2, message
         assert message in one_error(capsys)
+
+
+def test_a_tokenizer_of_another_model(base_dir, data_file, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(base_dir, other)
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(settings | {"vocab_size": 20}))
+    assert train(other, data_file, tmp_path / "out") == 2
+    assert "other: its tokenizer gives token 36, and the model has 20 (vocab_size)" in one_error(capsys)
+
+
+def test_a_package_that_is_missing(base_dir, data_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert train(base_dir, data_file, tmp_path / "out", "--lora-r", "2") == 2
+    line = one_error(capsys)
+    assert "peft" in line and 'pip install "vllm-mod[train]"' in line
 
 
 def test_a_schedule_that_its_flags_do_not_fit(base_dir, data_file, tmp_path, capsys):

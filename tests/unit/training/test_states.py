@@ -64,6 +64,12 @@ def test_old_states_go_and_those_of_a_future_that_was_abandoned(tmp_path, limit,
     assert [states.step_of(state) for state in states.found_in(tmp_path)] == left
 
 
+def test_a_setting_that_only_one_of_two_runs_has_is_a_difference():
+    assert states.differences({"a": 1, "b": [2]}, {"a": 1, "b": [2]}) == []
+    found = states.differences({"a": 1, "b": 2}, {"a": 3, "c_d": 4})
+    assert found == ["--a was 1, is 3", "--b was 2, is None", "--c-d was None, is 4"]
+
+
 def test_what_is_not_ours_stays_when_a_run_is_over(tmp_path):
     write_state(tmp_path, 2)
     (tmp_path / "runs").mkdir()
