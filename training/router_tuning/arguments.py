@@ -15,6 +15,8 @@ from transformers import TrainingArguments
 from vllm_mod.checkpoint import BaseShape
 from vllm_mod.config import GRANULARITIES, ConfigError, ModConfig, default_layers
 
+from .trainer_flags import OPTIMIZERS
+
 #: How far one AdamW step may move a score, at most, for inputs of unit size. See `default_learning_rate`.
 SCORE_STEP = 0.25
 
@@ -100,6 +102,10 @@ class RouterTrainingArguments(TrainingArguments):
     )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning rate schedule"})
     warmup_steps: float = field(default=0.02, metadata={"help": "steps, or a share of them if below 1"})
+    optim: str = field(
+        default="adamw_torch_fused", metadata={"help": "those tried with routers", "choices": list(OPTIMIZERS)}
+    )
+    optim_args: str | None = field(default=None, metadata={"help": "of SGD, Adagrad, RMSprop: `momentum=0.9,…`"})
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW's"})
     adam_beta2: float = field(default=0.99, metadata={"help": "AdamW's; runs are a few hundred steps long"})
     max_grad_norm: float = field(default=0.0, metadata={"help": "0: no clipping; it would blunt the controller"})

@@ -48,10 +48,11 @@ class OneLineParser(HfArgumentParser):
         for action in self._actions:
             action.option_strings = [name for name in action.option_strings if "_" not in name]
             self.fields |= dict.fromkeys(action.option_strings, action.dest)
-            if RouterTrainingArguments in types and action.dest in (*REFUSED, "local_rank"):
+            refused = RouterTrainingArguments in types and action.dest in REFUSED
+            if refused or action.dest == "local_rank" or action.const is False:  # the last: --no-x is `--x false`
                 action.help = argparse.SUPPRESS
-                if action.nargs is None:  # whatever its value: it is refused
-                    action.type = action.choices = None
+            if refused and action.nargs is None:  # whatever its value is
+                action.type = action.choices = None
 
     def error(self, message: str) -> NoReturn:
         """Exit with one line; the hundred flags of TrainingArguments are shown by --help alone."""

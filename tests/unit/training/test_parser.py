@@ -71,11 +71,15 @@ def test_help_shows_each_flag_once_with_dashes(capsys, command):
     if command == "train":
         assert "--max-train-samples" in shown and "--gradient-accumulation-steps" in shown
         assert not {f"--{name.replace('_', '-')}" for name in REFUSED} & set(shown)
+        assert not [flag for flag in shown if flag.startswith("--no-")]
 
 
 def test_underscores_are_understood():
-    args, training_args = parsed("--target_capacity", "0.25", "--max_steps=3", "--run-dir", "a_b")
+    args, training_args = parsed(
+        "--target_capacity", "0.25", "--max_steps=3", "--run-dir", "a_b", "--no_dataloader_in_order"
+    )
     assert (args.target_capacity, training_args.max_steps, args.run_dir) == (0.25, 3, "a_b")
+    assert training_args.dataloader_in_order is False  # not in --help, as `--dataloader-in-order false` is the same
 
 
 def test_a_words_place_does_not_matter_but_for_the_checkpoint(capsys):

@@ -49,6 +49,23 @@ def test_the_controller_sees_the_gradient_of_the_loss_not_of_the_scaled_loss(
         torch.testing.assert_close(weight, routers_of(tmp_path / "scaled")[name], atol=1e-5, rtol=1e-4)
 
 
+def test_the_controller_sees_it_whoever_divides_by_the_micro_batches(base_dir, data_file, tmp_path, monkeypatch):
+    """The model's own loss where it takes the number of tokens, Trainer where it does not."""
+    flags = ["--gradient-accumulation-steps", "4", "--per-device-train-batch-size", "4", "--max-steps", "1"]
+    assert train(base_dir, data_file, tmp_path / "model", *flags) == 0
+    create = RouterTrainer.create_optimizer
+
+    def by_trainer(self, *args):
+        self.model_accepts_loss_kwargs = False
+        return create(self, *args)
+
+    monkeypatch.setattr(RouterTrainer, "create_optimizer", by_trainer)
+    assert train(base_dir, data_file, tmp_path / "trainer", *flags) == 0
+    (model,), (trainer,) = steps_of(tmp_path / "model"), steps_of(tmp_path / "trainer")
+    assert trainer["scale"] == pytest.approx(model["scale"], rel=0.05)
+    assert trainer["loss"] == pytest.approx(model["loss"], rel=0.05)
+
+
 def test_a_step_that_overflows_is_left_out_of_everything(base_dir, data_file, tmp_path, loss_scale):
     loss_scale(2.0**127, backoff_factor=2.0**-10)
     assert train(base_dir, data_file, tmp_path / "out") == 0
