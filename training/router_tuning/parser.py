@@ -13,8 +13,8 @@ from transformers import HfArgumentParser
 
 from vllm_mod.config import ConfigError
 
-from .arguments import VALUES, RouterTrainingArguments
-from .trainer_flags import REFUSED, check_flags
+from .arguments import VALUES, ExportArguments, RouterTrainingArguments
+from .trainer_flags import REFUSED, Condition, check_flags, check_needs
 
 #: What other tools, and transformers 4, call a flag. Likenesses are found without this table.
 _ELSEWHERE = {
@@ -36,6 +36,10 @@ _ELSEWHERE = {
     "train-file": "data",
     "warmup-ratio": "warmup-steps",
 }
+
+
+_DROPPING: Condition = (lambda values: values["drop_attention"] is not None, "--drop-attention")
+_EXPORT_NEEDS = dict.fromkeys(("data", "max_samples", "max_length"), _DROPPING)
 
 
 class OneLineParser(HfArgumentParser):
@@ -100,8 +104,11 @@ def parse(types: Sequence[Any], prog: str, argv: Sequence[str]) -> tuple[Any, ..
         if right is not None and values[name] is not None and not right(values[name]):
             shown = f"{values[name]:g}" if isinstance(values[name], float) else values[name]
             raise ConfigError(f"--{name.replace('_', '-')} {shown}: {what}")
+    defaults = {name: parser.get_default(name) for name in given}
     if RouterTrainingArguments in types:
-        check_flags(values, {name: parser.get_default(name) for name in given})
+        check_flags(values, defaults)
+    if ExportArguments in types:
+        check_needs(values, defaults, _EXPORT_NEEDS)
     try:
         return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except (ValueError, RuntimeError, ImportError, OSError) as error:

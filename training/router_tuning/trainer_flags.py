@@ -74,14 +74,13 @@ ADAMW = ("adamw_torch", "adamw_torch_fused")
 OPTIMIZERS = (*ADAMW, "adafactor", "adagrad", "rmsprop", "sgd")
 _TAKE_ARGS = ("adagrad", "rmsprop", "sgd")
 
-#: Field -> (what must be so, as a condition on all values, and as flags).
-_WITH_WORKERS: tuple[Callable[[Any], bool], str] = (
-    lambda v: v["dataloader_num_workers"] > 0,
-    "--dataloader-num-workers",
-)
-_REPORTED: tuple[Callable[[Any], bool], str] = (lambda v: v["report_to"] != ["none"], "--report-to")
-_TRACKIO: tuple[Callable[[Any], bool], str] = (lambda v: "trackio" in v["report_to"], "--report-to trackio")
-NEEDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+#: (what must be so of all values, the same as flags)
+Condition = tuple[Callable[[Mapping[str, Any]], bool], str]
+_WITH_WORKERS: Condition = (lambda v: v["dataloader_num_workers"] > 0, "--dataloader-num-workers")
+_REPORTED: Condition = (lambda v: v["report_to"] != ["none"], "--report-to")
+_TRACKIO: Condition = (lambda v: "trackio" in v["report_to"], "--report-to trackio")
+#: Field -> without what it has no effect.
+NEEDS: dict[str, Condition] = {
     "dataloader_multiprocessing_context": _WITH_WORKERS,
     "dataloader_persistent_workers": _WITH_WORKERS,
     "dataloader_prefetch_factor": _WITH_WORKERS,
@@ -102,23 +101,24 @@ NEEDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def check_flags(values: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Raise ConfigError on flags that would have no effect, or the wrong one.
+def check_needs(values: Mapping[str, Any], given: Mapping[str, Any], needs: Mapping[str, Condition]) -> None:
+    """Raise ConfigError on a flag that has no effect without another.
 
     values: of all flags. given: those on the command line, with their defaults, which may be given, too.
     """
     for name, default in given.items():
-        flag = f"--{name.replace('_', '-')}"
-        if values[name] == default:
-            continue
-        if name in REFUSED:
-            raise ConfigError(f"{flag} is not for routers: {REFUSED[name]}")
-        needed, what = NEEDS.get(name, (None, ""))
-        if needed is not None and not needed(values):
-            raise ConfigError(f"{flag} says nothing here: it needs {what}")
-    if values["optim"] not in ADAMW and values["learning_rate"] is None:
-        raise ConfigError(
-            f"--optim {values['optim']}: the default learning rate is AdamW's; pass one with --learning-rate"
-        )
+        needed, what = needs.get(name, (None, ""))
+        if needed is not None and values[name] != default and not needed(values):
+            raise ConfigError(f"--{name.replace('_', '-')} says nothing here: it needs {what}")
+
+
+def check_flags(values: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise ConfigError on flags of `train` that would have no effect, or the wrong one. As for `check_needs`."""
+    for name, default in given.items():
+        if name in REFUSED and values[name] != default:
+            raise ConfigError(f"--{name.replace('_', '-')} is not for routers: {REFUSED[name]}")
+    check_needs(values, given, NEEDS)
+    if (optim := values["optim"]) not in ADAMW and values["learning_rate"] is None:
+        raise ConfigError(f"--optim {optim}: the default learning rate is AdamW's; pass one with --learning-rate")
     if values["save_strategy"] == "best":
         raise ConfigError(f"--save-strategy best is not for routers: {_BEST}; use steps or epoch")

@@ -149,6 +149,12 @@ def test_values_of_the_other_commands(types, argv):
         parse([types], "router-tuning", argv)
 
 
+@pytest.mark.parametrize("flag", ["data", "max-samples", "max-length"])
+def test_flags_of_a_choice_by_data_need_that_choice(capsys, flag):
+    line = refusal(capsys, "export", "--model", "m", "--output", "o", f"--{flag}", "7")
+    assert f"--{flag} says nothing here: it needs --drop-attention" in line
+
+
 def test_re_entrant_checkpoints_are_refused_and_other_settings_kept():
     on = ["--gradient-checkpointing", "--gradient-checkpointing-kwargs"]
     with pytest.raises(ConfigError, match="use_reentrant"):
