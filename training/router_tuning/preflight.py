@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import zlib
+from array import array
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,9 @@ def check_schedule(training_args: RouterTrainingArguments) -> None:
 def check_directories(output: str, run_dir: Path) -> None:
     """`check_output` has been called. Both must be places of their own that can be written."""
     there, states_there = Path(output).resolve(), run_dir.resolve()
-    if there == states_there or there in states_there.parents or states_there in there.parents:
-        raise ConfigError(f"--run-dir {run_dir}: --output {output} lies in it or is it; choose another")
+    inside = there.relative_to(states_there).parts if states_there in there.parents else ()
+    if there in (states_there, *states_there.parents) or (inside and states.is_ours(inside[0])):
+        raise ConfigError(f"--run-dir {run_dir}: --output {output} would lie where states do; choose another")
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"{run_dir}: exists, and is no directory; choose another --run-dir")
     check_writable(Path(output), Path(output).absolute().parent)
@@ -121,7 +123,7 @@ def settings_of(
     found |= {key: value for key, value in config.to_dict().items() if key not in ("base_model", "version")}
     checksum = 0
     for ids in data["input_ids"]:
-        checksum = zlib.crc32(str(ids).encode(), checksum)
+        checksum = zlib.crc32(array("q", ids), checksum)
     return json.loads(json.dumps(found | {"data": f"{len(data)} samples, checksum {checksum:08x}"}))
 
 
@@ -134,4 +136,6 @@ def check_same(state: Path, settings: Mapping[str, Any], processes: int) -> None
     if (were := states.processes_of(state)) != processes:
         found.append(f"it had {were} processes, this run has {processes}")
     if found:
-        raise ConfigError(f"{state}: a run goes on as it began: {'; '.join(found)}; or begin anew without --resume")
+        raise ConfigError(
+            f"{state}: a run goes on as it began: {'; '.join(found)}; or remove {state.parent}, begin anew"
+        )

@@ -142,13 +142,13 @@ def _finish(
     for what, found in (("routed", routed), ("base", dense)):
         if not math.isfinite(found.loss):
             raise ConfigError(f"the {what} model's loss on held-out data is {found.loss}; states are in {run_dir}")
-    routers = trainer.final_routers(run_dir / "final")
+    routers = trainer.final_routers(run_dir / states.FINAL)
     if trainer.is_world_process_zero():
         records = parts.records | {
             "training_args.json": _as_text(_arguments_record(args, training_args)),
             "trainer_log.json": _as_text(_log_record(trainer, routed, dense, parts.data)),
         }
-        with lora.placed(parts.base, run_dir / "final", parts.adapter, args.lora_output) as (source, folders):
+        with lora.placed(parts.base, run_dir / states.FINAL, parts.adapter, args.lora_output) as (source, folders):
             write_checkpoint(source, output, parts.config, routers, records, folders)
             with ignored():
                 with writable(output / PLOT_FILE, "the checkpoint is whole without it"):

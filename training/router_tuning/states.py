@@ -21,11 +21,18 @@ from vllm_mod.config import ConfigError
 #: Where states are written until they are whole, in the run directory.
 TEMPORARY = ".writing"
 LIST_FILE = "state.json"
+#: What the checkpoint is made of, at the end.
+FINAL = "final"
 _NAME = re.compile(r"checkpoint-(\d+)")  # transformers' name
 
 
 def path_of(run_dir: str | Path, step: int) -> Path:
     return Path(run_dir) / f"checkpoint-{step}"
+
+
+def is_ours(name: str) -> bool:
+    """Whether a run directory may have something of that name."""
+    return name in (TEMPORARY, FINAL) or _NAME.fullmatch(name) is not None
 
 
 def step_of(state: Path) -> int:
@@ -100,7 +107,7 @@ def prune(run_dir: Path, newest: int, limit: int | None) -> None:
 
 def clear(run_dir: Path) -> None:
     """Remove the states of a run that has ended well, and the directory if nothing else is in it."""
-    for path in [*found_in(run_dir), run_dir / TEMPORARY, run_dir / "final"]:
+    for path in [*found_in(run_dir), run_dir / TEMPORARY, run_dir / FINAL]:
         shutil.rmtree(path, ignore_errors=True)
     remove_if_empty(run_dir)
 

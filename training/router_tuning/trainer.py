@@ -214,9 +214,10 @@ class RouterTrainer(Trainer):
         """A state in the run directory, whole or not at all: see `states`."""
         run_dir, step = Path(self.args.output_dir), self.state.global_step
         temporary = run_dir / states.TEMPORARY / states.path_of(run_dir, step).name
+        before = "states before it are as they were: make room, then --resume"
         self._states_in = temporary.parent
         try:
-            with writable(states.path_of(run_dir, step), "states before it are as they were: make room, then --resume"):
+            with writable(states.path_of(run_dir, step), before if states.found_in(run_dir) else "make room"):
                 super()._save_checkpoint(model, trial)
                 save_file(self.average.state_dict(), temporary / _AVERAGE_FILE.format(self.args.process_index))
                 self.accelerator.wait_for_everyone()

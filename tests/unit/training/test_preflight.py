@@ -36,7 +36,8 @@ def test_a_place_that_cannot_be_written(base_dir, data_file, tmp_path, capsys):
         (tmp_path / "out", ["--run-dir", "/proc/run"], "/proc/run: cannot be written"),
         (tmp_path / "out", ["--run-dir", str(tmp_path / "out")], "--output"),
         (tmp_path / "out", ["--run-dir", str(tmp_path / "out/run")], "choose another"),
-        (tmp_path / "run/out", ["--run-dir", str(tmp_path / "run")], "choose another"),
+        (tmp_path / "run/final", ["--run-dir", str(tmp_path / "run")], "choose another"),
+        (tmp_path / "run/checkpoint-7", ["--run-dir", str(tmp_path / "run")], "choose another"),
     ]
     for output, more, message in cases:
         assert train(base_dir, data_file, output, *more) == 2, message
@@ -49,6 +50,12 @@ def test_a_directory_without_permission(base_dir, data_file, tmp_path, capsys):
     (tmp_path / "closed").mkdir(mode=0o555)
     assert train(base_dir, data_file, tmp_path / "closed/out") == 2
     assert "closed/out: cannot be written" in one_error(capsys)
+
+
+def test_a_checkpoint_may_lie_beside_its_states(tmp_path):
+    preflight.check_directories(str(tmp_path / "run/out"), tmp_path / "run")
+    preflight.check_directories(str(tmp_path / "out"), tmp_path / "out.run")
+    assert left(tmp_path) == []
 
 
 def test_a_disk_that_refuses_is_named(tmp_path, monkeypatch):
