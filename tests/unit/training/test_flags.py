@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from router_tuning.arguments import RouterTrainingArguments
 from router_tuning.cli import main
+from router_tuning.preflight import check_schedule
 from router_tuning.trainer_flags import NEEDS, OPTIMIZERS, REFUSED
 from tests.unit.training.test_parser import TRAIN, parsed, refusal
 from tests.unit.training.test_trainer import train
@@ -39,15 +40,15 @@ TOGETHER: dict[str, list[str]] = {
 
 #: Field -> where it is tried, or why nothing here can go wrong with it.
 ELSEWHERE = {
-    "bf16": "test_trainer.py",
+    "bf16": "test_precision.py",
     "ddp_backend": "test_processes.py runs with gloo; the launcher's choice",
     "fp16": "test_precision.py",
     "full_determinism": "test_full_determinism",
     "ignore_data_skip": "test_states.py",
     "local_rank": "set by old launchers; read by nobody",
     "logging_strategy": "test_strategies_by_epoch",
-    "lr_scheduler_kwargs": "test_every_schedule",
-    "lr_scheduler_type": "test_every_schedule",
+    "lr_scheduler_kwargs": "test_every_schedule…",
+    "lr_scheduler_type": "test_every_schedule…",
     "optim_args": "test_optimizers_other_than_adamw",
     "report_to": "test_preflight.py",
     "run_name": "passed to what --report-to names",
@@ -195,14 +196,23 @@ SCHEDULES: list[tuple[str, dict[str, float] | None]] = [
     ("reduce_lr_on_plateau", {"patience": 1}),
     ("greedy", None),
 ]
+#: The others are functions of the step, as the default is.
+OF_ANOTHER_KIND = ("constant", "reduce_lr_on_plateau", "greedy")
+
+
+def schedule(kind: str, more: dict[str, float] | None) -> list[str]:
+    flags = ["--lr-scheduler-type", kind, *(["--lr-scheduler-kwargs", json.dumps(more)] if more else [])]
+    return [*flags, "--eval-strategy", "steps"] if kind in ("reduce_lr_on_plateau", "greedy") else flags
 
 
 @pytest.mark.parametrize(("kind", "more"), SCHEDULES)
-def test_every_schedule(base_dir, data_file, tmp_path, kind, more):
-    flags = ["--lr-scheduler-type", kind, "--max-steps", "3"]
-    flags += ["--lr-scheduler-kwargs", json.dumps(more)] if more else []
-    flags += ["--eval-strategy", "steps"] if kind in ("reduce_lr_on_plateau", "greedy") else []
-    assert train(base_dir, data_file, tmp_path / "out", *flags) == 0
+def test_every_schedule_is_one_that_its_flags_fit(kind, more):
+    check_schedule(parsed(*schedule(kind, more))[1])
+
+
+@pytest.mark.parametrize(("kind", "more"), [s for s in SCHEDULES if s[0] in OF_ANOTHER_KIND])
+def test_the_controller_follows_schedules_of_another_kind(base_dir, data_file, tmp_path, kind, more):
+    assert train(base_dir, data_file, tmp_path / "out", *schedule(kind, more), "--max-steps", "3") == 0
     steps = json.loads((tmp_path / "out/trainer_log.json").read_text())["steps"]
     assert len(steps) == 3 and all(abs(s["lambda"]) < 1e3 for s in steps)
 

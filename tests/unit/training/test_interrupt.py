@@ -94,7 +94,6 @@ MOMENTS = {
     "reading": before("router_tuning.run.read_sources"),
     "tokenizing": after("router_tuning.run.tokenize"),
     "loading": before("router_tuning.run.load_base"),
-    "between": after("router_tuning.lora.adapter_config"),
     "set-up": after("router_tuning.trainer.TailAverage"),
     "evaluation": before("router_tuning.trainer.RouterTrainer.measure"),
     "gathering": after("router_tuning.trainer.RouterTrainer.final_routers"),
