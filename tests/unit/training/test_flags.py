@@ -221,6 +221,14 @@ def test_the_schedules_above_are_all():
     assert {kind for kind, _ in SCHEDULES} | {"cosine"} == {kind.value for kind in SchedulerType}
 
 
+def test_other_orders_of_the_samples(base_dir, data_file, tmp_path):
+    first = {}
+    for order in ("random", "sequential", "batch_rebalance"):
+        assert train(base_dir, data_file, tmp_path / order, "--train-sampling-strategy", order, "--max-steps", "1") == 0
+        first[order] = json.loads((tmp_path / order / "trainer_log.json").read_text())["steps"][0]["loss"]
+    assert first["sequential"] != first["random"]  # one process without accumulation has nothing to balance
+
+
 @pytest.mark.parametrize("optim", [o for o in OPTIMIZERS if not o.startswith("adamw")])
 def test_optimizers_other_than_adamw(base_dir, data_file, tmp_path, capsys, optim):
     assert "pass one with --learning-rate" in refusal(capsys, "train", *TRAIN, "--optim", optim)
