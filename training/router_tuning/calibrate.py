@@ -27,6 +27,7 @@ from .arguments import CalibrateArguments
 from .data import Collator, check_sources, read_sources, split_tail, tokenize
 from .export import local_model
 from .model import attach_routers, load_base, load_reference, routing, routing_of
+from .tokenizer import load_tokenizer
 
 FEWEST_PROMPTS = 8
 #: Kept ratios this near to the target are not improved any further.
@@ -230,11 +231,9 @@ def _checked(args: CalibrateArguments) -> tuple[Path, ModConfig]:
 
 def _batches(args: CalibrateArguments, config: ModConfig, base: Path) -> tuple[list[dict[str, Tensor]], int]:
     """The calibration data in batches of similar length, and the number of samples."""
-    from transformers import AutoTokenizer
-
     tables = read_sources(args.data)
     rows = split_tail(tables, args.eval_fraction)[1 if args.eval_fraction else 0]
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base)
     samples, counts = tokenize(rows, tokenizer, args.max_length, args.max_samples)
     if counts.used < FEWEST_PROMPTS:
         names = ", ".join(args.data)

@@ -128,16 +128,16 @@ def drop_config(args: ExportArguments, base: Path, shape: BaseShape) -> ModConfi
             f"--drop-attention: 1 to {shape.num_layers - 1} of the {shape.num_layers} layers can be dropped"
         )
     import torch
-    from transformers import AutoTokenizer
 
     from .data import read_sources, split_tail, tokenize
     from .drop import attention_similarity, most_similar
     from .model import load_base
+    from .tokenizer import load_tokenizer
 
     rows, _ = split_tail(read_sources(args.data), 0.0)
-    samples, counts = tokenize(rows, AutoTokenizer.from_pretrained(base), args.max_length, args.max_samples)
+    samples, counts = tokenize(rows, load_tokenizer(base), args.max_length, args.max_samples)
     if not counts.used:
-        raise ConfigError(f"{', '.join(args.data)}: no usable calibration sample")
+        raise ConfigError(f"{', '.join(args.data)}: no usable calibration sample ({counts})")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_base(base, torch.bfloat16 if device == "cuda" else torch.float32).to(device).eval()
     similarity = attention_similarity(model, samples["input_ids"])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from vllm_mod.checkpoint import BaseShape, write_checkpoint
@@ -30,6 +30,7 @@ from .export import base_shape, local_model
 from .loss import CapacityLoss
 from .model import attach_routers, freeze_base, load_base, routing_of
 from .plot import plot_training
+from .tokenizer import load_tokenizer
 from .trainer import Evaluation, RouterTrainer, StopOnInterrupt, as_text, summary
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
     run_dir = Path(args.run_dir or args.output.rstrip("/") + ".run")
     last_state = _last_state(args, run_dir)
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base)
     train_set, eval_set, data_record = _datasets(args, training_args, tokenizer)
 
     training_args.output_dir = str(run_dir)
