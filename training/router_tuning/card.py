@@ -17,6 +17,8 @@ import yaml
 from vllm_mod.checkpoint import ROUTER_CONFIG_FILE, read_json, read_mod_config
 from vllm_mod.config import ConfigError, ModConfig
 
+from .counts import summary
+
 CARD_FILE = "README.md"
 _WHAT = {"attn": "self-attention", "mlp": "MLP", "block": "attention and MLP", "expert": "routed experts"}
 _UNIT = {"sequence": "per request, from the mean over its prompt", "token": "per token"}
@@ -263,16 +265,13 @@ def _training(config: ModConfig, args: dict[str, Any], log: dict[str, Any], comm
 def _data(data: dict[str, Any]) -> str:
     tables = data.get("tables") or [{"name": name} for name in data.get("sources", [])]
     amounts = [f"{t['samples']} samples" if "samples" in t else f"x {t.get('portion', 1):g}" for t in tables]
-    rows = [[_file_name(t["name"]), str(t.get("rows", "-")), amount] for t, amount in zip(tables, amounts, strict=True)]
-    text = [_table(["data", "rows", "taken"], rows)]
-    for what, name in (("Training", "training"), ("Held out", "held_out")):
-        if counts := data.get(name):
-            text.append(
-                f"{what}: {counts['used']} of {counts['read']} rows that were looked at; {counts['no_answer']} without "
-                f"an answer and {counts['too_long']} with too long a prompt left out, {counts['truncated']} truncated; "
-                f"{counts.get('duplicates', 0)} duplicates left out before."
-            )
-    return "\n\n".join(text)
+    rows = [
+        [_file_name(t["name"]), str(t.get("rows", "-")), amount, ", ".join(t.get("fields_not_read", ["-"]))]
+        for t, amount in zip(tables, amounts, strict=True)
+    ]
+    parts = [("Training", data.get("training")), ("Held out", data.get("held_out"))]
+    text = [f"{what}: {summary(counts)}." for what, counts in parts if counts]
+    return "\n\n".join([_table(["data", "rows", "taken", "fields not read"], rows), *text])
 
 
 def _file_name(name: str) -> str:
