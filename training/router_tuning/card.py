@@ -266,7 +266,12 @@ def _data(data: dict[str, Any]) -> str:
     tables = data.get("tables") or [{"name": name} for name in data.get("sources", [])]
     amounts = [f"{t['samples']} samples" if "samples" in t else f"x {t.get('portion', 1):g}" for t in tables]
     rows = [
-        [_file_name(t["name"]), str(t.get("rows", "-")), amount, ", ".join(t.get("fields_not_read", ["-"]))]
+        [
+            _file_name(t["name"]),
+            str(t.get("rows", "-")),
+            amount,
+            ", ".join(t.get("fields_not_read", ["-"])).replace("|", "\\|"),
+        ]
         for t, amount in zip(tables, amounts, strict=True)
     ]
     parts = [("Training", data.get("training")), ("Held out", data.get("held_out"))]

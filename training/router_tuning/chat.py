@@ -43,12 +43,13 @@ class Chat:
 
 
 def answers(chat: Chat) -> list[int]:
-    """Indices of the turns that are trained on."""
-    return [
+    """Indices of the turns that are trained on. A greeting before the first question is context."""
+    found = [
         k
         for k, m in enumerate(chat.messages)
         if m["role"] == "assistant" and not m.get("context") and ("tool_calls" in m or "".join(m["content"]).strip())
     ]
+    return found[1:] if found[:1] == [0] and len(found) > 1 else found
 
 
 def read_row(row: Any) -> Chat | Plain:
@@ -141,8 +142,10 @@ def _message(message: Any, where: str) -> Message:
     """What vLLM passes on of a message, and no more."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise Unusable("bad_value", f"{where}: a message without a role")
-    role = text(message["role"], "role")
-    found: Message = {"role": role, "content": texts(message.get("content"), f"{role}: content")}
+    role, content = text(message["role"], "role"), message.get("content")
+    if content is None and role == "assistant":  # it calls tools, or says nothing
+        content = []
+    found: Message = {"role": role, "content": texts(content, f"{role}: content")}
     if role == "assistant":
         if not missing(message.get("tool_calls")) and (calls := tool_calls(message["tool_calls"])):
             found["tool_calls"] = calls

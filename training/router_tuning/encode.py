@@ -100,7 +100,7 @@ class Encoder:
         wanted = self._text(whole)
         found: list[int] = []
         for part in ways:
-            piece = next((ids for ids in part if whole[len(found) : len(found) + len(ids)] == ids), None)
+            piece = next((ids for ids in part if whole[: len(found) + len(ids)] == found + ids), None)
             if piece is None:
                 piece = next((ids for ids in part if wanted.startswith(self._text(found + ids))), None)
             if piece is None:

@@ -56,9 +56,7 @@ def text(value: Any, where: str) -> str:
 
 
 def texts(value: Any, where: str) -> list[str]:
-    """A message's content: a string or content parts -> the texts of it. None is no text, as in serving."""
-    if value is None:
-        return []
+    """A message's content: a string or content parts -> the texts of it."""
     if not isinstance(value, list):
         return [text(value, where)]
     return [found for part in value if (found := _part(part, where)) is not None]

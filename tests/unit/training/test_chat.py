@@ -32,6 +32,11 @@ def test_prompts_and_completions_are_chats_whose_prompt_is_context():
     assert said(longer) == [("user", "Hi"), ("assistant", "Yo"), ("user", "Hi"), ("*assistant", "Yo")]
 
 
+def test_a_greeting_before_the_first_question_is_context():
+    assert [role for role, _ in said({"messages": [ANSWER, USER, ANSWER]})] == ["assistant", "user", "*assistant"]
+    assert [role for role, _ in said({"messages": [ANSWER]})] == ["*assistant"]
+
+
 def test_plain_text_has_no_prompt():
     assert read_row({"text": "abc"}) == Plain("", "abc", closed=False)
     for prompt in ({}, {"prompt": ""}, {"prompt": None}, {"prompt": math.nan}):
@@ -79,6 +84,8 @@ def test_empty_and_missing_fields_beside_the_turns_say_nothing():
         ({"messages": [USER, "a"]}, "a message without a role"),
         ({"messages": [USER, ANSWER | {"content": math.nan}]}, "assistant: content is NaN"),
         ({"messages": [USER | {"content": 5}, ANSWER]}, "user: content is 5"),
+        ({"messages": [USER | {"content": None}, ANSWER]}, "user: content is null"),
+        ({"messages": [USER, {"role": "tool"}, ANSWER]}, "tool: content is null"),
         ({"messages": [USER, ANSWER | {"content": {"text": "a"}}]}, "assistant: content is an object"),
         ({"messages": [USER, ANSWER | {"weight": 0.5}]}, "weight: 0 .context. or 1"),
         ({"messages": [USER, ANSWER | {"tool_calls": [5]}]}, "tool_calls: a list of objects"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -86,6 +87,26 @@ def test_what_is_trained_on_are_the_answers_whatever_they_say(turns, name):
         assert rest == said or rest.strip() == said.strip(), (run, said)
 
 
+PIECES = ["<think>", "</think>", "\n", "ay", "a", "<|im_end|>", "</s>"]
+TAGGED = st.lists(st.sampled_from(PIECES), max_size=5).map("".join)
+
+
+@given(st.lists(st.tuples(TAGGED, TAGGED), min_size=1, max_size=3), st.sampled_from([*TEMPLATES]))
+def test_thoughts_and_special_tokens_among_the_words(turns, name):
+    """The row may be left out, but never is anything else than its answers trained on."""
+    messages = [message for asked, said in turns for message in (user(asked), answer(said))]
+    said = ["".join(said.split()) for _, said in turns if said.strip()]
+    with contextlib.suppress(Unusable):
+        runs = trained(messages, TOKENIZERS[name])[1]
+        assert len(runs) == len(said)
+        for run, words in zip(runs, said, strict=True):
+            shown, end = "".join(run.split()), TEMPLATES[name][1]
+            final = words.split("</think>")[-1]
+            assert shown.endswith(final.removeprefix("<think>") + end)  # what R1 asks with may be what it begins with
+            thought = shown.removesuffix(end).removesuffix(final)
+            assert thought in ("", "<think></think>") or "think>" in words
+
+
 def test_r1_distillations_ask_with_a_thought_and_render_none():
     tokenizer = TOKENIZERS["r1_distill"]
     messages = [user("Hi yo"), answer("<think>\nyo?\n</think>\n\nyo"), user("Bye yo"), answer("yo")]
@@ -167,6 +188,23 @@ def test_a_template_without_end_token_has_none_supervised():
     )
     prompt, runs = trained([user("Hi"), answer("Yo"), user("?"), answer("Hi")], template_tokenizer(bare))
     assert runs == ["Yo", "Hi"] and prompt == "user: Hi\nassistant: "
+
+
+def test_an_end_token_that_nobody_calls_special():
+    from tokenizers import AddedToken
+
+    bye = "{% if not add_generation_prompt %}{{ 'Bye.' }}{% endif %}"
+    tokenizer = template_tokenizer(CHATML.replace("<|im_end|>", "<end>") + bye)
+    tokenizer.add_tokens([AddedToken("<end>", special=False)])
+    assert trained([user("Hi"), answer("Yo")], tokenizer)[1] == ["Yo<end>"]
+
+
+def test_calls_that_end_without_a_token_do_not_take_that_of_a_later_turn():
+    end = "{{- '<|im_end|>\\n' }}\n    {%- elif m.role == 'tool'"
+    open_calls = QWEN3.replace(end, end.replace("'<|im_end|>", "'' if m.tool_calls else '<|im_end|>"))
+    assert open_calls != QWEN3
+    messages = [user("?"), answer(tool_calls=[call(n=0)]), {"role": "tool", "content": "1"}, answer("1")]
+    assert "where tool calls end" in refused(messages, open_calls, tools=TOOLS)
 
 
 def test_an_end_that_is_no_token_is_supervised_as_it_is_written():

@@ -52,7 +52,7 @@ def test_content_parts_are_their_texts():
         {"type": "thinking", "thinking": "hm"},
     ]  # fmt: skip
     assert texts(parts, "x") == ["a", "b\ufffd", "c", "", "no", "hm"]
-    assert texts("a", "x") == ["a"] and texts(None, "x") == []
+    assert texts("a", "x") == ["a"] and texts([], "x") == []
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_other_parts_are_no_text(part, message):
     assert refused.value.kind == "bad_value" and "user: content" in refused.value.reason
 
 
-@pytest.mark.parametrize("value", [5, math.nan, True, {"type": "text", "text": "a"}])
+@pytest.mark.parametrize("value", [5, None, math.nan, True, {"type": "text", "text": "a"}])
 def test_content_that_is_neither_text_nor_parts(value):
     with pytest.raises(Unusable, match="text is needed"):
         texts(value, "user: content")
