@@ -68,7 +68,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     },
 }
 #: In training as in serving.
-REFUSED = {("gemma", "system"), ("gemma", "developer"), ("gemma", "call")}
+REFUSED = {(name, request) for name in ("gemma", "mistral_v1") for request in ("system", "developer", "call")}
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,15 @@ GEMMA = (
     "+ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 
+#: The first of Mistral's: no system, no tools, no space before an answer.
+MISTRAL_V1 = (
+    "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ m['content'] + eos_token }}"
+    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+
 #: Shows tools and the system's words with the last question, so that earlier turns are rendered otherwise later on.
 MISTRAL = """{%- if messages[0].role == 'system' %}
     {%- set system, turns = messages[0].content, messages[1:] %}
@@ -168,6 +177,7 @@ TEMPLATES: dict[str, tuple[str, str]] = {
     "smollm2": (SMOLLM2, "<|im_end|>"),
     "llama3": (LLAMA3, "<|eot_id|>"),
     "gemma": (GEMMA, "<end_of_turn>"),
+    "mistral_v1": (MISTRAL_V1, "</s>"),
     "mistral": (MISTRAL, "</s>"),
     "r1_distill": (R1_DISTILL, "<｜end▁of▁sentence｜>"),
     "qwen3": (QWEN3, "<|im_end|>"),

@@ -9,6 +9,7 @@ where later layers jump.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,10 +25,13 @@ from vllm_mod.config import ConfigError, ModConfig
 
 from . import card
 from .arguments import CalibrateArguments
+from .counts import Counts
 from .data import Collator, check_sources, read_sources, split_tail, tokenize
 from .export import local_model
 from .model import attach_routers, load_base, load_reference, routing, routing_of
 from .tokenizer import load_tokenizer
+
+log = logging.getLogger(__name__)
 
 FEWEST_PROMPTS = 8
 #: Kept ratios this near to the target are not improved any further.
@@ -161,7 +165,7 @@ def calibrate(args: CalibrateArguments, command: str) -> dict[str, Any]:
     directory, config = _checked(args)
     check_sources(args.data)
     base = directory if _is_full(directory) else local_model(args.model or config.base_model or "")
-    batches, used = _batches(args, config, base)
+    batches, counts = _batches(args, config, base)
     model = _load(directory, config, base)
     points = {}
     for point in sorted({args.target_capacity, *args.operating_points}, reverse=True):
@@ -172,7 +176,8 @@ def calibrate(args: CalibrateArguments, command: str) -> dict[str, Any]:
     record = {
         "command": command,
         "data": list(args.data),
-        "samples": used,
+        "samples": counts.used,
+        "rows": counts.to_dict(),
         "per_layer": args.per_layer,
         "target_capacity": args.target_capacity,
         "kept": found.kept,
@@ -229,16 +234,17 @@ def _checked(args: CalibrateArguments) -> tuple[Path, ModConfig]:
     return directory, config
 
 
-def _batches(args: CalibrateArguments, config: ModConfig, base: Path) -> tuple[list[dict[str, Tensor]], int]:
-    """The calibration data in batches of similar length, and the number of samples."""
+def _batches(args: CalibrateArguments, config: ModConfig, base: Path) -> tuple[list[dict[str, Tensor]], Counts]:
+    """The calibration data in batches of similar length, and what became of its rows."""
     tables = read_sources(args.data)
     rows = split_tail(tables, args.eval_fraction)[1 if args.eval_fraction else 0]
     tokenizer = load_tokenizer(base)
     samples, counts = tokenize(rows, tokenizer, args.max_length, args.max_samples)
+    log.info("calibration data: %s", counts)
     if counts.used < FEWEST_PROMPTS:
         names = ", ".join(args.data)
         raise ConfigError(f"{names}: {counts.used} usable prompts ({counts}); at least {FEWEST_PROMPTS} are needed")
-    return collate(list(samples), config, args.batch_size), counts.used
+    return collate(list(samples), config, args.batch_size), counts
 
 
 def collate(samples: list[dict[str, Any]], config: ModConfig, batch_size: int) -> list[dict[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from vllm_mod.config import ConfigError, ModConfig, mod_architecture
 from . import card
 from .arguments import ExportArguments, check_output, make_mod_config
 from .lora import ADAPTER_DIR
+
+log = logging.getLogger(__name__)
 
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*"]
 
@@ -136,6 +139,7 @@ def drop_config(args: ExportArguments, base: Path, shape: BaseShape) -> ModConfi
 
     rows, _ = split_tail(read_sources(args.data), 0.0)
     samples, counts = tokenize(rows, load_tokenizer(base), args.max_length, args.max_samples)
+    log.info("calibration data: %s", counts)
     if not counts.used:
         raise ConfigError(f"{', '.join(args.data)}: no usable calibration sample ({counts})")
     device = "cuda" if torch.cuda.is_available() else "cpu"

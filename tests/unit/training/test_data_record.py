@@ -6,12 +6,14 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from router_tuning.cli import main
 from router_tuning.counts import LEFT_OUT, Counts, summary
 from router_tuning.values import Unusable
+from tests.support.models import edit_json, routed_checkpoint
 from tests.unit.training.helpers import CHAT
 from tests.unit.training.test_trainer import train
 
@@ -121,3 +123,29 @@ def test_records_of_earlier_versions_can_be_shown():
         "4 of 5 rows that were looked at are used; left out: 1 without an answer; 0 truncated; "
         "0 duplicates left out before"
     )
+
+
+def test_texts_behind_a_bos_are_calibrated_by_their_words(base_dir, tmp_path, capsys):
+    """From BOS alone every decision would be the same, and a layer could only be on or off."""
+    base = tmp_path / "base"
+    shutil.copytree(base_dir, base)
+    bos = {"SpecialToken": {"id": "<bos>", "type_id": 0}}
+    edit_json(
+        base / "tokenizer.json",
+        post_processor={
+            "type": "TemplateProcessing", "single": [bos, {"Sequence": {"id": "A", "type_id": 0}}], "pair": [],
+            "special_tokens": {"<bos>": {"id": "<bos>", "ids": [0], "tokens": ["<bos>"]}},
+        },
+    )  # fmt: skip
+    random = Random(0)
+    texts = ["".join(random.choices("abcdefghijklmnop ", k=20)) for _ in range(40)]
+    data = tmp_path / "texts.jsonl"
+    data.write_text(
+        "\n".join(json.dumps({"text": text} if n % 2 else {"completion": text}) for n, text in enumerate(texts))
+    )
+    checkpoint = routed_checkpoint(base, tmp_path / "out", "attn_sequence", (1, 2), seed=3)
+    flags = ["--data", str(data), "--target-capacity", "0.5", "--per-layer", "true"]
+    assert main(["calibrate", str(checkpoint), *flags]) == 0
+    record = json.loads((checkpoint / "calibration.json").read_text())
+    assert record["kept_per_layer"] == {"1": 0.5, "2": 0.5}
+    assert record["rows"]["used"] == record["samples"] == 40
