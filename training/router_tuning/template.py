@@ -72,9 +72,13 @@ class Template:
         """The text of `messages` in place of the chat's; ask: with the generation prompt behind it."""
         settings = self._settings(chat, messages) | {"add_generation_prompt": ask}
         try:
-            return self._tokenizer.apply_chat_template(tokenize=False, **settings, **chat.settings)
+            text = self._tokenizer.apply_chat_template(tokenize=False, **settings, **chat.settings)
         except Exception as error:  # templates refuse what they do not know, in exceptions of any kind
             raise Unusable("template_refused", error) from None
+        for shown in settings["conversation"]:
+            if isinstance(shown["content"], list) and shown["content"] and str(shown["content"]) in text:
+                raise Unusable("template_refused", f"it prints the content parts of {shown['role']} as Python text")
+        return text
 
     def marks(self, chat: Chat) -> list[Span] | None:
         """Character spans that the template itself marks as generated; None where it marks none of any chat."""

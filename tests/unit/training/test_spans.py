@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 
 from router_tuning.encode import Encoder
 from router_tuning.values import Unusable
-from tests.support.templates import CHATML, LLAMA3, MARKED, MISTRAL, QWEN3, R1_DISTILL, TEMPLATES, template_tokenizer
+from tests.support.templates import (
+    CHATML,
+    LLAMA3,
+    MARKED,
+    MISTRAL,
+    PARTS,
+    QWEN3,
+    R1_DISTILL,
+    TEMPLATES,
+    template_tokenizer,
+)
 
 TOKENIZERS = {name: template_tokenizer(template) for name, (template, _) in TEMPLATES.items()}
 TOOLS = [{"type": "function", "function": {"name": "add_one", "parameters": {"type": "object"}}}]
@@ -271,6 +281,15 @@ def test_content_in_parts_reads_as_vllm_reads_it():
     messages = [user([{"type": "text", "text": "0+1?"}]), answer(parts)]
     assert trained(messages, TOKENIZERS["chatml"])[1] == ["It\nis 1.<|im_end|>"]
     assert trained(messages, TOKENIZERS["parts"])[1] == ["Itis 1.<|im_end|>"]
+
+
+def test_content_parts_that_the_template_prints_as_they_are():
+    """Which it takes for the user alone; serving would print the same."""
+    raw = PARTS.replace("{%- if m.content is string %}", "{%- if m.content is string or m.role == 'system' %}")
+    messages = [{"role": "system", "content": "Be brief."}, user("Hi"), answer("Yo")]
+    with pytest.raises(Unusable, match="it prints the content parts of system as Python text"):
+        trained(messages, template_tokenizer(raw))
+    assert trained(messages[1:], template_tokenizer(raw))[1] == ["Yo<|im_end|>"]
 
 
 def test_developers_are_the_system_where_the_template_knows_none():
