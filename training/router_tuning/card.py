@@ -265,18 +265,13 @@ def _training(config: ModConfig, args: dict[str, Any], log: dict[str, Any], comm
 def _data(data: dict[str, Any]) -> str:
     tables = data.get("tables") or [{"name": name} for name in data.get("sources", [])]
     amounts = [f"{t['samples']} samples" if "samples" in t else f"x {t.get('portion', 1):g}" for t in tables]
-    rows = [
-        [
-            _file_name(t["name"]),
-            str(t.get("rows", "-")),
-            amount,
-            ", ".join(t.get("fields_not_read", ["-"])).replace("|", "\\|"),
-        ]
-        for t, amount in zip(tables, amounts, strict=True)
-    ]
+    unread = [", ".join(t.get("fields_not_read", ["-"])).replace("|", "\\|") for t in tables]
+    head = ["data", "rows", "taken", "fields not read"]
+    names, sizes = [_file_name(t["name"]) for t in tables], [str(t.get("rows", "-")) for t in tables]
+    rows = zip(names, sizes, amounts, unread, strict=True)
     parts = [("Training", data.get("training")), ("Held out", data.get("held_out"))]
     text = [f"{what}: {summary(counts)}." for what, counts in parts if counts]
-    return "\n\n".join([_table(["data", "rows", "taken", "fields not read"], rows), *text])
+    return "\n\n".join([_table(head, rows), *text])
 
 
 def _file_name(name: str) -> str:
