@@ -41,7 +41,7 @@ class RouterArguments:
 
     model: str = field(metadata={"help": "base model: a directory or a hub name"})
     data: list[str] = field(
-        metadata={"help": "json/jsonl (.gz, .xz) files, directories of them, hub names, or a recipe.yaml that mixes "
+        metadata={"help": "JSON, CSV or Parquet files, directories of them, hub names, or a recipe.yaml that mixes "
                           "them; rows are `messages`, `prompt` + `completion`, `text`, or the fields of ShareGPT, "
                           "Alpaca or MetaMath"}
     )  # fmt: skip

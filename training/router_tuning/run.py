@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 
 from vllm_mod.checkpoint import BaseShape, write_checkpoint
 from vllm_mod.config import ConfigError, ModConfig
@@ -34,6 +34,7 @@ from .interrupt import StopOnInterrupt, ignored
 from .loss import CapacityLoss
 from .model import attach_routers, freeze_base, load_base, routing_of
 from .plot import PLOT_FILE, plot_training
+from .tokenizer import load_tokenizer
 from .trainer import RouterTrainer, writable
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
     config = _checked_config(args, shape)
     adapter = lora.adapter_config(args, config, base, shape)
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base)
     train_set, eval_set, data_record = _datasets(args, training_args, tokenizer)
     preflight.check_vocabulary(base, train_set, eval_set)
 

@@ -97,7 +97,7 @@ MOMENTS = {
     "set-up": after("router_tuning.trainer.TailAverage"),
     "evaluation": before("router_tuning.trainer.RouterTrainer.measure"),
     "gathering": after("router_tuning.trainer.RouterTrainer.final_routers"),
-    "writing": after("vllm_mod.checkpoint._save_routers"),
+    "writing": after("vllm_mod.checkpoint._save_tensors"),
     "drawing": before("router_tuning.run.plot_training"),
     "card": before("router_tuning.card.render"),
     "clearing up": before("router_tuning.states.clear"),
