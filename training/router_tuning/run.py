@@ -17,7 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from vllm_mod.checkpoint import BaseShape, write_checkpoint
 from vllm_mod.config import ConfigError, ModConfig
 
-from . import card, lora
+from . import card, dry_run, lora
 from .arguments import (
     RouterArguments,
     RouterTrainingArguments,
@@ -41,6 +41,8 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
     """Train, write `args.output`; returns the exit code. Everything that can be wrong is checked before the work."""
     check_output(args.output)
     check_sources(args.data)  # before a model is fetched
+    if args.dry_run:
+        dry_run.clear_output(args)
     base = local_model(args.model)
     shape = base_shape(base)
     config = _checked_config(args, shape)
@@ -76,6 +78,8 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
         capacity=CapacityLoss(args.capacity_loss, args.target_capacity, args.capacity_lambda),  # type: ignore[arg-type]
         adapter_learning_rate=args.lora_learning_rate if adapter is not None else None,
     )
+    if args.dry_run:
+        return dry_run.finish(trainer, args, tokenizer, base, config, records)
     if last_state is not None:
         trainer.restore(Path(last_state))
     with stop.installed():
