@@ -41,7 +41,7 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
     """Train, write `args.output`; returns the exit code. Everything that can be wrong is checked before the work."""
     check_output(args.output)
     check_sources(args.data)  # before a model is fetched
-    if args.dry_run:
+    if args.dry_run and training_args.process_index == 0:
         dry_run.clear_output(args)
     base = local_model(args.model)
     shape = base_shape(base)
