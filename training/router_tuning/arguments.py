@@ -94,6 +94,11 @@ class RouterArguments:
         default=None, metadata={"help": "states to resume from; default: <output>.run, removed when training ends well"}
     )
     resume: bool = field(default=False, metadata={"help": "go on from the last state in the run directory"})
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "check everything, show a sample as it is supervised, evaluate a batch, write an untrained "
+                  "checkpoint to <output>.dry-run, and stop"},
+    )  # fmt: skip
 
 
 @dataclass

@@ -18,7 +18,7 @@ from transformers import set_seed
 from vllm_mod.checkpoint import BaseShape, write_checkpoint
 from vllm_mod.config import ConfigError, ModConfig
 
-from . import card, lora, preflight, states
+from . import card, dry_run, lora, preflight, states
 from .arguments import (
     RouterArguments,
     RouterTrainingArguments,
@@ -56,6 +56,8 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
     preflight.check_reports(training_args)
     preflight.check_schedule(training_args)
     check_sources(args.data)  # before a model is fetched
+    if args.dry_run and _is_main(training_args):
+        dry_run.clear_output(args)
     state = preflight.last_state(args, run_dir, say=log.warning if _is_main(training_args) else log.debug)
     base = local_model(args.model)
     shape = base_shape(base)
@@ -92,6 +94,8 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
             adapter_learning_rate=args.lora_learning_rate if adapter is not None else None,
             settings=settings,
         )
+        if args.dry_run:
+            return dry_run.finish(trainer, args, tokenizer, base, config, records)
         if state is not None:
             trainer.restore(state)
         with stop.installed():
