@@ -11,7 +11,7 @@ from torch import Tensor
 from vllm_mod.checkpoint import BaseShape, read_json, read_mod_config, read_routers, write_checkpoint
 from vllm_mod.config import ConfigError, ModConfig, mod_architecture
 
-from . import card
+from . import card, real_model
 from .arguments import ExportArguments, check_output, make_mod_config
 from .lora import ADAPTER_DIR
 
@@ -19,10 +19,12 @@ _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LI
 
 
 def local_model(name: str) -> Path:
-    """The directory of a model: `name` itself, or a snapshot from the hub (safetensors only)."""
+    """The directory of a model: `name` itself, one of `real_model.MODELS`, or a snapshot from the hub (safetensors)."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path
+    if name in real_model.MODELS:
+        return real_model.fetch(name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists():
         raise ConfigError(f"{name}: no such directory")
     from huggingface_hub import snapshot_download
