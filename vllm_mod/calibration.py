@@ -72,7 +72,7 @@ class Calibration(Strict):
         """
         if kept in (0, 1):
             return (-math.inf if kept else math.inf,) * layers
-        points = self._points(layers)
+        points = self.points(layers)
         above, below = [t for t in points if t >= kept], [t for t in points if t <= kept]
         if not above or not below:
             known = f"from {min(points):g} to {max(points):g}, 0 and 1" if points else "0 and 1"
@@ -81,7 +81,7 @@ class Calibration(Strict):
         share = 0.0 if upper == lower else (kept - lower) / (upper - lower)
         return tuple(_between(a, b, share) for a, b in zip(points[lower], points[upper], strict=True))
 
-    def _points(self, layers: int) -> dict[float, tuple[float, ...]]:
+    def points(self, layers: int) -> dict[float, tuple[float, ...]]:
         """Kept ratio -> cutoffs that are interpolated between."""
         calibrated = list(self.operating_points)
         if self.target_capacity is not None and (self.threshold is not None or self.cutoff is not None):

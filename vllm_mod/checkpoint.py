@@ -8,7 +8,6 @@ which holds routers and patches (see `tensors`). A *router-only* directory is `m
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +32,11 @@ from .files import (
     weight_map,
     write_json,
 )
-from .tensors import Patch, check_routers, named_tensors, patches_of
+from .tensors import Patch, check_routers, is_router_name, named_tensors, patches_of
 from .tensors import router_name as router_name
 
 ROUTERS_FILE = "routers.safetensors"
 ROUTER_CONFIG_FILE = "mod_config.json"
-_ROUTER_NAME = re.compile(r"model\.layers\.\d+\.router\..+")
 #: Keys of a base's config that name files which a checkpoint does not hold: code, and weights beside the index.
 _NOT_CARRIED = ("auto_map", "transformers_weights")
 
@@ -125,7 +123,7 @@ def load_router_tensors(directory: str | Path) -> tuple[Path, dict[str, Tensor]]
     for path in files:
         with open_weights(path) as file:
             for name in file.keys():  # noqa: SIM118
-                if path.name != ROUTERS_FILE and not _ROUTER_NAME.fullmatch(name):
+                if path.name != ROUTERS_FILE and not is_router_name(name):
                     continue
                 if name in tensors:
                     raise ConfigError(
@@ -140,7 +138,7 @@ def load_router_tensors(directory: str | Path) -> tuple[Path, dict[str, Tensor]]
 def router_files(directory: Path) -> list[str]:
     """The files that hold routers by the index of a model, all its files where the index names no router."""
     names = weight_map(directory, complete=False)
-    return sorted({file for name, file in names.items() if _ROUTER_NAME.fullmatch(name)} or set(names.values()))
+    return sorted({file for name, file in names.items() if is_router_name(name)} or set(names.values()))
 
 
 def _files_with_tensors(directory: Path) -> list[Path]:
@@ -219,7 +217,7 @@ def base_weight_map(base: Path) -> dict[str, str]:
 
     Raises ConfigError where there are none, or in a file whose name stands for something else in a checkpoint.
     """
-    names = {name: file for name, file in weight_map(base).items() if not _ROUTER_NAME.fullmatch(name)}
+    names = {name: file for name, file in weight_map(base).items() if not is_router_name(name)}
     if not names:
         raise ConfigError(f"{base}: holds no weights of a base model")
     for name in sorted(set(names.values())):
@@ -234,7 +232,7 @@ def _place_weights(source: Path, target: Path) -> None:
     would read them."""
     with open_weights(source) as file:
         names, metadata = list(file.keys()), file.metadata()
-        own = [name for name in names if not _ROUTER_NAME.fullmatch(name)]
+        own = [name for name in names if not is_router_name(name)]
         tensors = {name: file.get_tensor(name) for name in own} if len(own) < len(names) else None
     if tensors is None:
         link_or_copy(source, target)

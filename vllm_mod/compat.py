@@ -7,11 +7,12 @@ an engine starts. What is not here or there is documented for plugins, or export
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 # ---------------------------------------------------------------- configuration
 
@@ -60,6 +61,8 @@ def forget_layer(vllm_config: Any, name: str, is_moe: bool) -> None:
 def with_own_kernel(operator: Any) -> Any:
     """A copy of a `CustomOp` that runs its own kernel, where vLLM leaves plain operators to the compiler to fuse."""
     operator = copy.copy(operator)
+    # Both would have one dictionary: what reloading puts in place of a tensor would hit the other, too.
+    operator._parameters, operator._buffers = operator._parameters.copy(), operator._buffers.copy()
     operator._enforce_enable = True
     operator._forward_method = operator.dispatch_forward(compile_native=False)
     return operator
@@ -87,6 +90,42 @@ def leave_out_of_lora(manager: Any, module: str) -> None:
 def leave_out_final_all_reduce(runner: Any) -> None:
     """Of an MoE layer: it is done later, on all rows."""
     runner.moe_config.skip_final_all_reduce = True
+
+
+# ---------------------------------------------------------------- weights that change
+
+
+def reads_model_path(weights: Any) -> bool:
+    """Whether vLLM's own loader reads these from `model_config.model`, and not a trainer from its memory."""
+    return isinstance(weights, types.GeneratorType) and weights.gi_code.co_name == "get_all_weights"
+
+
+def leaves_out_nan() -> bool:
+    """Within a sparse weight patch, whose `copy_` leaves as it is what the patch marks with NaN."""
+    return isinstance(Tensor.copy_, types.FunctionType)
+
+
+def drop_loaders_of_ended_reloads(model: nn.Module) -> None:
+    """vLLM leaves them on biases of modules that a reload had nothing for; they would load nothing, in silence."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    for module in model.modules():
+        bias: Any = module._parameters.get("bias")
+        loader = getattr(bias, "weight_loader", None)
+        if getattr(loader, "__name__", "") == "online_process_loader" and not get_layerwise_info(module).can_load():
+            bias.weight_loader = loader.__wrapped__  # type: ignore[union-attr]
+
+
+def abandon_reload(model: nn.Module, model_config: Any) -> None:
+    """Go on with the weights there were, but for layers that were complete; vLLM would leave the model without any."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    under_way = [info for module in model.modules() if (info := get_layerwise_info(module)).can_load()]
+    for info in under_way:
+        info.load_numel, info.loaded_weights = 0, []
+    if under_way:
+        finalize_layerwise_reload(model, model_config)
 
 
 # ---------------------------------------------------------------- a forward

@@ -61,6 +61,15 @@ INTERFACES = (
         ("x", "topk_weights", "topk_ids", "shared_experts", "shared_experts_input"), only_for="experts",
     ),
     Interface("vllm.model_executor.layers.fused_moe.runner.moe_runner", "MoERunner", only_for="experts"),
+    # Weights that change
+    Interface("vllm.model_executor.model_loader.default_loader", "DefaultModelLoader.get_all_weights"),
+    Interface("vllm.model_executor.model_loader.reload", "finalize_layerwise_reload"),
+    Interface("vllm.model_executor.model_loader.reload.layerwise", "get_layerwise_info", ("layer",)),
+    Interface(
+        "vllm.model_executor.model_loader.reload.types", "LayerReloadingInfo",
+        ("load_numel", "loaded_weights", "can_load"),
+    ),
+    Interface("vllm.transformers_utils.repo_utils", "get_hf_file_to_dict", ("file_name", "model", "revision")),
     # A forward
     Interface("vllm.forward_context", "ForwardContext", ("attn_metadata", "slot_mapping", "no_compile_layers")),
     Interface(

@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from .backend import stepping_backend
-from .checkpoint import BaseShape
 from .compat import forget_layer, layers_by_name, leave_out_of_lora, stock_model_class
 from .config import ARCHITECTURES, ConfigError, ModConfig
 from .engine import experts_without_adapters
 from .experts import kernels_without_adapters, route_experts
 from .kv.attention import track_requests
+from .loading import RoutedWeights
 from .patch import Patch
 from .plan import Plan, plan_of
 from .routing import Routing
 from .step import Route, Router
 from .sublayers import Skipped, route_attention, route_mlp
-from .tensors import check_routers
 
 _SUBLAYERS = {"attn": ("self_attn",), "mlp": ("mlp",), "block": ("self_attn", "mlp"), "expert": ("mlp",)}
 
 
-class MoDModel(nn.Module):
+class MoDModel(RoutedWeights, nn.Module):
     """Mixin before a stock `…ForCausalLM` whose `model.layers` have `self_attn` and `mlp` sub-modules."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -42,6 +40,7 @@ class MoDModel(nn.Module):
         layers = self._layers_to_change()
         for layer in layers.values():
             layer.router = _router(plan, vllm_config.model_config.dtype)
+        self.expect_weights(vllm_config, plan)
         if self.mod_config.is_static:
             for layer in layers.values():
                 _drop(layer, self.mod_config, vllm_config)
@@ -95,24 +94,15 @@ class MoDModel(nn.Module):
         with self.routing.forward():
             return super().forward(*args, **kwargs)
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        config, tensors = self.mod_config, {}
-
-        def selected() -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in weights:
-                if ".router." in name:
-                    tensors[name] = tensor
-                elif not (config.is_static and _is_dropped(name, config)):
-                    yield name, tensor
-
-        loaded = super().load_weights(selected())  # type: ignore[misc]
-        shape = BaseShape.of(self.config.to_dict(), "config.json")  # type: ignore[union-attr, operator]
-        check_routers(tensors, config, shape, "checkpoint")
-        parameters = dict(self.named_parameters())
-        for name in tensors.keys() & parameters.keys():  # the others are of layers on other pipeline ranks
-            parameters[name].data.copy_(tensors[name])
-            loaded.add(name)
-        return loaded
+    def _is_dropped(self, name: str) -> bool:
+        match = re.match(r"model\.layers\.(\d+)\.(\w+)\.", name)
+        config = self.mod_config
+        return (
+            config.is_static
+            and match is not None
+            and int(match[1]) in config.layers
+            and match[2] in _SUBLAYERS[config.target]
+        )
 
 
 def _router(plan: Plan, dtype: torch.dtype) -> Router:
@@ -142,11 +132,6 @@ def _drop(layer: nn.Module, config: ModConfig, vllm_config: VllmConfig) -> None:
                 forget_layer(vllm_config, module.layer_name, isinstance(module, MoERunner))
         patch: Any = layer.router.patch if name == _SUBLAYERS[config.target][0] else None  # type: ignore[union-attr]
         setattr(layer, name, Skipped(patch))
-
-
-def _is_dropped(weight: str, config: ModConfig) -> bool:
-    match = re.match(r"model\.layers\.(\d+)\.(\w+)\.", weight)
-    return match is not None and int(match[1]) in config.layers and match[2] in _SUBLAYERS[config.target]
 
 
 def __getattr__(name: str) -> type:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,6 +14,8 @@ from .config import ConfigError, ModConfig
 
 if TYPE_CHECKING:
     from .checkpoint import BaseShape
+
+_ROUTER_NAME = re.compile(r"model\.layers\.\d+\.router\..+")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,11 @@ def router_name(layer: int) -> str:
 def patch_name(layer: int, part: str) -> str:
     """part: `bias`, `down.weight` or `up.weight`."""
     return f"model.layers.{layer}.router.patch.{part}"
+
+
+def is_router_name(name: str) -> bool:
+    """Whether a tensor of this name is one that a routed checkpoint has beside its base model's."""
+    return _ROUTER_NAME.fullmatch(name) is not None
 
 
 def expected_tensors(config: ModConfig, shape: BaseShape) -> dict[str, tuple[int, ...]]:
@@ -61,18 +69,25 @@ def check_routers(tensors: Mapping[str, Tensor], config: ModConfig, shape: BaseS
         raise ConfigError(f"{where}: router tensor {missing[0]} is missing ({len(missing)} in all)")
     if surplus := sorted(set(tensors) - set(expected)):
         raise ConfigError(f"{where}: {surplus[0]} {_why_surplus(surplus[0], config)}")
-    for name, wanted in expected.items():
-        tensor = tensors[name]
-        if tuple(tensor.shape) != wanted:
-            raise ConfigError(
-                f"{where}: {name} has shape {list(tensor.shape)}, this model needs {list(wanted)}"
-                + _why_misshapen(tensor, wanted, config, shape)
-            )
-        if not tensor.is_floating_point():
-            raise ConfigError(f"{where}: {name} is {tensor.dtype}, a float type is needed")
-        if not torch.isfinite(tensor.float()).all():
-            raise ConfigError(f"{where}: {name} has values that are not finite")
+    for name in expected:
+        check_tensor(name, tensors[name], config, shape, where)
     return {} if config.is_static else {layer: tensors[router_name(layer)] for layer in config.layers}
+
+
+def check_tensor(name: str, tensor: Tensor, config: ModConfig, shape: BaseShape, where: str) -> None:
+    """Raise ConfigError unless `tensor`, which goes by the name of a router or patch, is one that `config` asks for."""
+    wanted = expected_tensors(config, shape).get(name)
+    if wanted is None:
+        raise ConfigError(f"{where}: {name} {_why_surplus(name, config)}")
+    if tuple(tensor.shape) != wanted:
+        raise ConfigError(
+            f"{where}: {name} has shape {list(tensor.shape)}, this model needs {list(wanted)}"
+            + _why_misshapen(tensor, wanted, config, shape)
+        )
+    if not tensor.is_floating_point():
+        raise ConfigError(f"{where}: {name} is {tensor.dtype}, a float type is needed")
+    if not torch.isfinite(tensor.float()).all():
+        raise ConfigError(f"{where}: {name} has values that are not finite")
 
 
 def _why_surplus(name: str, config: ModConfig) -> str:
