@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 
 from .checkpoint import BaseShape, num_experts_of, read_routers
-from .compat import attention_ops
+from .compilation import set_compilation
 from .config import ConfigError, ModConfig
 from .hooks import ChainedHook, refuse_other_formats
 from .interfaces import check_vllm
@@ -23,6 +23,8 @@ logger = init_logger("vllm." + __name__)  # only loggers below "vllm" are shown
 CONNECTOR = "MoDConnector"
 #: Linears of a model with experts that LoRA adapters may change on the CPU: all but those of its routed experts.
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate")
+#: Load formats that do not read a checkpoint's own files: no weights at all, or a state of vLLM's, routers included.
+OWN_FILES = ("dummy", "sharded_state", "runai_streamer_sharded", "tensorizer")
 #: Attention metadata that can be rebuilt for a subset of the rows; FlashInfer plans its kernels on the host.
 CUDA_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
 
@@ -52,7 +54,7 @@ class MoDEngineConfig(ChainedHook):
 def check_routers(vllm_config: VllmConfig, config: ModConfig) -> None:
     """Fail before any process is started if the router tensors are not what `mod_config` says."""
     directory = Path(vllm_config.model_config.model)
-    if vllm_config.load_config.load_format == "dummy" or not directory.is_dir():
+    if vllm_config.load_config.load_format in OWN_FILES or not directory.is_dir():
         return  # a hub checkpoint is checked while it is loaded
     hf = vllm_config.model_config.hf_text_config
     read_routers(directory, config, BaseShape.of(hf.to_dict(), str(directory / "config.json")))
@@ -77,6 +79,11 @@ def refuse_what_cannot_work(vllm_config: VllmConfig, config: ModConfig) -> None:
         raise ConfigError(f"{granularity} routing cannot be served with context parallelism; drop the -dcp/-pcp flags")
     if parallel.enable_dbo:
         raise ConfigError("routed models cannot be served with dual batch overlap; drop --enable-dbo")
+    if vllm_config.cache_config.kv_sharing_fast_prefill:
+        raise ConfigError(
+            "routed models cannot be served with a prefill that leaves out layers which share a KV cache; "
+            "drop --kv-sharing-fast-prefill"
+        )
     if num_experts_of(vllm_config.model_config.hf_text_config.to_dict()) and config.target != "attn":
         _refuse_for_experts(vllm_config, config)
     window, max_len = vllm_config.model_config.get_sliding_window(), vllm_config.model_config.max_model_len
@@ -154,6 +161,12 @@ def make_settings(vllm_config: VllmConfig, config: ModConfig) -> None:
                 "%s: max_num_batched_tokens %d (a prompt is prefilled in one step)", config.granularity, max_len
             )
             scheduler.max_num_batched_tokens = max_len
+        if scheduler.max_num_scheduled_tokens is not None and scheduler.max_num_scheduled_tokens < max_len:
+            # A longer prompt would wait for ever, and all behind it.
+            logger.info(
+                "%s: max_num_scheduled_tokens %d (a prompt is prefilled in one step)", config.granularity, max_len
+            )
+            scheduler.max_num_scheduled_tokens = max_len
     if config.keeps_state:
         # One KV-cache group, so that the first block of a row names its request for as long as it runs.
         scheduler.disable_hybrid_kv_cache_manager = True
@@ -179,30 +192,7 @@ def make_settings(vllm_config: VllmConfig, config: ModConfig) -> None:
         kernels.moe_backend = "triton"
     if vllm_config.kv_transfer_config is None:
         vllm_config.kv_transfer_config = _channel()
-    _set_compilation(vllm_config)
-
-
-def _set_compilation(vllm_config: VllmConfig) -> None:
-    """FULL CUDA graphs hold decode steps of one token per request (see `decode`).
-
-    In all other steps routed sublayers run eagerly between compiled pieces: their row count varies.
-    """
-    from vllm.config.compilation import CUDAGraphMode
-    from vllm.platforms import current_platform
-
-    compilation = vllm_config.compilation_config
-    if compilation.splitting_ops is None and not current_platform.is_cpu():
-        from .sublayers import OPS
-
-        compilation.splitting_ops = [*attention_ops(compilation), *(f"vllm_mod::{op}" for op in OPS)]
-    mode = None
-    if vllm_config.speculative_config is not None:
-        mode = CUDAGraphMode.PIECEWISE  # a decode step has several tokens per request
-    elif compilation.cudagraph_mode is CUDAGraphMode.FULL:
-        mode = CUDAGraphMode.FULL_AND_PIECEWISE
-    if mode is not None and compilation.cudagraph_mode is not CUDAGraphMode.NONE:
-        logger.info("routed models: CUDA graphs %s (the number of rows varies in other steps)", mode.name)
-        compilation.cudagraph_mode = mode
+    set_compilation(vllm_config)
 
 
 def _channel() -> Any:

@@ -34,8 +34,6 @@ from .rows import Subset, attending
 from .step import Route, Step
 
 _library = Library("vllm_mod", "FRAGMENT")
-#: Ops that run eagerly between compiled pieces (`kv.attention` has the last one).
-OPS = ("routed_attention", "routed_mlp", "paged_attention")
 
 
 def routed_attention(positions: Tensor, hidden_states: Tensor, output: Tensor, layer_name: LayerNameType) -> None:

@@ -37,7 +37,8 @@ def test_mixed_batch(base: Path, tmp_path: Path, granularity: str) -> None:
     checkpoint = _checkpoint(base, tmp_path, granularity)
     prompts = random_prompts(LENGTHS)
     prompts.append(prompts[-1][:96] + prompts[0])  # shares its first blocks with another prompt
-    with engine(checkpoint, max_num_batched_tokens=64, enable_prefix_caching=True) as llm:
+    limits = {"max_num_batched_tokens": 64, "max_num_scheduled_tokens": 64}
+    with engine(checkpoint, **limits, enable_prefix_caching=True) as llm:
         settings = llm.llm_engine.vllm_config
         assert settings.scheduler_config.enable_chunked_prefill == (not granularity.endswith("sequence"))
         allowed = granularity in ("mlp_token", *STATIC)

@@ -44,7 +44,8 @@ def test_chunks_and_cached_prefixes(base: Path, tmp_path: Path, granularity: str
     checkpoint = _checkpoint(base, tmp_path, granularity, window)
     prompts = random_prompts((1, 23, 24, 25, 31, 32, 33, 63, 64, 65, 100, 200, 128))
     prompts += [prompts[-1][:96] + p for p in prompts[:3]]  # they share their first blocks
-    with engine(checkpoint, max_num_batched_tokens=48, max_num_seqs=8, enable_prefix_caching=True) as llm:
+    limits = {"max_num_batched_tokens": 48, "max_num_scheduled_tokens": 40}
+    with engine(checkpoint, **limits, max_num_seqs=8, enable_prefix_caching=True) as llm:
         settings = llm.llm_engine.vllm_config
         assert settings.scheduler_config.enable_chunked_prefill and settings.cache_config.enable_prefix_caching
         assert settings.scheduler_config.max_num_batched_tokens == 48

@@ -40,12 +40,26 @@ def settings(checkpoint: Path, mod: dict[str, Any] | None = None, **options: Any
     ],
 )
 def test_settings(base: Path, tmp_path: Path, granularity: str, chunked: bool, cached: bool) -> None:
-    config = settings(routed_checkpoint(base, tmp_path / "c", granularity, LAYERS), max_num_batched_tokens=256)
+    checkpoint = routed_checkpoint(base, tmp_path / "c", granularity, LAYERS)
+    config = settings(
+        checkpoint, max_num_batched_tokens=256, max_num_scheduled_tokens=128, long_prefill_token_threshold=32
+    )
     assert config.scheduler_config.enable_chunked_prefill == chunked
     assert config.cache_config.enable_prefix_caching == cached
-    if granularity.endswith("sequence"):
-        assert config.scheduler_config.max_num_batched_tokens >= 512
+    scheduler = config.scheduler_config
+    limits = scheduler.max_num_batched_tokens, scheduler.max_num_scheduled_tokens
+    if granularity.endswith("sequence"):  # or a prompt that needs more steps than one would wait for ever
+        assert min(limits) >= 512 and scheduler.long_prefill_token_threshold == 0
+    else:
+        assert limits == (256, 128) and scheduler.long_prefill_token_threshold == 32
     assert config.kv_transfer_config.kv_connector == "MoDConnector"
+
+
+def test_chunks_of_a_decision_window(base: Path, tmp_path: Path) -> None:
+    """Its decisions need no whole prompt: limits below a prompt's length stay as they are asked for."""
+    asked = {"max_num_batched_tokens": 256, "max_num_scheduled_tokens": 128, "long_prefill_token_threshold": 32}
+    config = settings(routed_checkpoint(base, tmp_path / "c", "attn_sequence", LAYERS, window=64), **asked)
+    assert {key: getattr(config.scheduler_config, key) for key in asked} == asked
 
 
 def test_log_names_layers_and_thresholds(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +196,7 @@ CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
         ({"mod": {"force": "off"}}, ["force", "keep"]),
         ({"speculative_config": DRAFT}, ["attn_sequence", "speculative"]),
         ({"kv_transfer_config": CONNECTOR}, ["attn_sequence", "--kv-transfer-config"]),
+        ({"kv_sharing_fast_prefill": True}, ["--kv-sharing-fast-prefill"]),
         ({"kv_offloading_size": 1.0}, ["attn_sequence", "--kv-offloading-size"]),
     ],
 )
@@ -216,6 +231,12 @@ def test_refused_routers(base: Path, tmp_path: Path, change: Any, words: list[st
         settings(checkpoint)
     for word in [ROUTERS_FILE, *words]:
         assert word in str(error.value)
+
+
+def test_a_state_of_vllms_own_has_no_file_of_routers(base: Path, tmp_path: Path) -> None:
+    checkpoint = routed_checkpoint(base, tmp_path / "c", "attn_sequence", LAYERS)
+    (checkpoint / ROUTERS_FILE).unlink()
+    settings(checkpoint, load_format="sharded_state")
 
 
 @pytest.mark.parametrize(
