@@ -25,6 +25,7 @@ PROMPTS = random_prompts((3, 40, 1, 70))
 #: Granularity and further keys of `mod_config` of what is not just a granularity.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "compiled": ("attn_sequence", {}),
+    "patched_static": ("block_static", {"patch": {"rank": 0}}),
     "patched": ("block_sequence", {"window": 24, "patch": {"rank": 4}}),
 }
 
@@ -87,7 +88,7 @@ def of(*granularities: str) -> Any:
 
 
 # The compiler turns vLLM's own kernels off, and routed sublayers have copies of the modules that have them.
-@of("attn_sequence", "block_token", "patched", "block_static", "compiled")
+@of("attn_sequence", "block_token", "patched", "patched_static", "compiled")
 def test_another_checkpoint(running: Running) -> None:
     for now in ("11", "01", "10", "00"):
         running.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(running.checkpoints[now])})
