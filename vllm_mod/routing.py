@@ -84,7 +84,7 @@ class Routing:
         return step
 
     def begin(self, message: StepMessage) -> None:
-        """The scheduler's message of the coming forward; outside of any graph."""
+        """The scheduler's message, before the forward if there is one; outside of any graph."""
         if self._state is not None:
             self._state.begin(message)
         if self._tables is not None:
@@ -92,6 +92,8 @@ class Routing:
         for start in message.starts:
             if start.counts and start.keep is not None:
                 self.counts.decided(torch.tensor([start.keep]), self.columns)
+        if not message.forward:  # what was prepared last is a dummy batch's
+            self._latest = None
         step = self._latest
         if step is not None and not step.begun:
             step.begun = True

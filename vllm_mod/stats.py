@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
@@ -18,15 +18,16 @@ class RoutingCounts:
 
     def __init__(self, layers: Sequence[int]) -> None:
         self._layers = tuple(layers)
-        self._pairs = torch.zeros(2, len(self._layers), dtype=torch.int64)  # kept, routed
+        # Kept, routed. No tensor: models are built where new tensors lie on the GPU.
+        self._pairs = np.zeros((2, len(self._layers)), np.int64)
 
     def add(self, column: int, kept: int, routed: int) -> None:
-        self._pairs[:, column] += torch.tensor([kept, routed])
+        self._pairs[:, column] += kept, routed
 
     def decided(self, keep: Tensor, columns: Sequence[int]) -> None:
         """keep: bool `[requests, C]`, on the host, of which `columns` count."""
         where = list(columns)
-        self._pairs[0, where] += keep[:, where].sum(0)
+        self._pairs[0, where] += keep[:, where].sum(0).numpy()
         self._pairs[1, where] += len(keep)
 
     def take(self) -> MoDStats | None:
@@ -34,7 +35,7 @@ class RoutingCounts:
         kept, routed = self._pairs.tolist()
         if not any(routed):
             return None
-        self._pairs.zero_()
+        self._pairs.fill(0)
         # Layers as strings: the payload crosses processes as JSON-like data.
         pairs = [(str(layer), k, n) for layer, k, n in zip(self._layers, kept, routed, strict=True) if n]
         return MoDStats(data={"kept": {i: k for i, k, _ in pairs}, "routed": {i: n for i, _, n in pairs}})

@@ -20,6 +20,16 @@ def test_counts_are_taken_once() -> None:
     assert counts.take() is None
 
 
+def test_counts_lie_on_the_host() -> None:
+    """Models are built where new tensors lie on the GPU; decisions that are counted are on the host."""
+    with torch.device("meta"):
+        counts = RoutingCounts([3])
+    counts.add(0, 1, 2)
+    counts.decided(torch.tensor([[True]]), [0])
+    stats = counts.take()
+    assert stats is not None and stats.data["kept"] == {"3": 2}
+
+
 def test_only_layers_that_were_routed_are_reported() -> None:
     """A pipeline rank counts its own layers."""
     counts = RoutingCounts([3, 5])

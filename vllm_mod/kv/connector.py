@@ -73,7 +73,9 @@ class MoDConnector(KVConnectorBase_V1, SupportsHMA):
         pass
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMessage:
-        return self._manager.take_message() if self._manager is not None else StepMessage([], NewPages.none(1))
+        message = self._manager.take_message() if self._manager is not None else StepMessage([], NewPages.none(1))
+        message.forward = scheduler_output.total_num_scheduled_tokens > 0
+        return message
 
     def update_connector_output(self, connector_output: Any) -> None:
         report = connector_output.kv_connector_worker_meta

@@ -47,6 +47,7 @@ class StepMessage(KVConnectorMetadata):
     starts: list[Start]
     pages: NewPages
     freed: list[int] = field(default_factory=list)  #: slots that nobody has any more, or another request now
+    forward: bool = True  #: one is coming; without any, the last one that workers prepared was nobody's
 
 
 @dataclass

@@ -61,7 +61,7 @@ def schedule(engine: Engine, simulated: Any) -> StepMessage:
     assert engine.connector.get_num_new_matched_tokens(simulated.request, found) == (0, False)
     number = simulated.request.num_tokens - found
     assert engine.kv.allocate_slots(simulated.request, number, found, blocks) is not None
-    return engine.connector.build_connector_meta(None)
+    return engine.connector.build_connector_meta(SimpleNamespace(total_num_scheduled_tokens=number))
 
 
 def hear(engine: Engine, message: StepMessage, keep: list[bool]) -> None:
