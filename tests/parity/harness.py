@@ -88,6 +88,20 @@ def scheduler(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.scheduler
 
 
+def manager(llm: Any) -> Any:
+    return scheduler(llm).kv_cache_manager.coordinator.single_type_managers[0]
+
+
+def assert_nothing_left(llm: Any) -> None:
+    """Of requests that have ended: neither at the scheduler nor, once another step has told them, at the workers."""
+    generate(llm, [[1]], 1)
+    pages = manager(llm)
+    assert not pages._live and not pages._by_serial and not pages._stepping
+    assert pages.token_slots == 0 and len(pages._free_slots) == pages._number_of_slots
+    state = runner_model(llm).routing._state
+    assert not getattr(state, "open", ())
+
+
 def free_pages(llm: Any) -> int:
     return scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks()
 
