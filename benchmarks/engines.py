@@ -66,9 +66,9 @@ class Engine:
     def _call(self, function: Any, *args: Any) -> Any:
         return self._pool.submit(function, *args).result()
 
-    def calibrate(self, load: Load, kept: float) -> None:
-        """Set each routed layer's threshold so that `kept` of these requests keep it."""
-        self._call(_calibrate, load, kept)
+    def thresholds(self, load: Load, kept: float) -> list[float]:
+        """Per routed layer: those with which `kept` of these requests keep it."""
+        return self._call(_thresholds, load, kept)
 
     def submit(self, load: Load) -> None:
         self._call(_submit, load)
@@ -90,10 +90,15 @@ class Engine:
 
 
 def engine_flags(args: Any, longest: int, batched_tokens: int, requests: int) -> dict[str, Any]:
-    """vLLM's for dummy weights: prompts whole, nothing cached; args: `eager`, `block_size`, `kv_cache_memory_bytes`."""
+    """vLLM's for dummy weights; args: `eager`, `block_size`, `kv_cache_memory_bytes`.
+
+    Prompts are whole and nothing is cached, unless `args.caching`: vLLM's own settings then.
+    """
+    caching = getattr(args, "caching", False)
     return {
         "load_format": "dummy", "skip_tokenizer_init": True, "enforce_eager": args.eager, "max_model_len": longest,
-        "enable_prefix_caching": False, "enable_chunked_prefill": False, "max_num_batched_tokens": batched_tokens,
+        "enable_prefix_caching": caching, "enable_chunked_prefill": caching,
+        "max_num_batched_tokens": 2048 if caching else batched_tokens,
         "block_size": args.block_size, "max_num_seqs": requests, "disable_log_stats": False,
         "kv_cache_memory_bytes": args.kv_cache_memory_bytes,
     }  # fmt: skip
@@ -172,34 +177,34 @@ def _running() -> int:
     return _state["most"]
 
 
-def _calibrate(load: Load, kept: float) -> None:
+def _thresholds(load: Load, kept: float) -> list[float]:
     """Layer by layer, because what a layer decides changes what the next ones see."""
-    from vllm_mod import requests
+    import torch
 
-    model = _state["llm"].llm_engine.model_executor.driver_worker.worker.model_runner.model
-    routes = [route for module in model.modules() if (route := vars(module).get("route")) is not None]
-    routes.sort(key=lambda route: route.column)
-    decide, scores = requests.keeps, []
+    from vllm_mod import sequences
 
-    def recording(found: Any, cutoff: float) -> Any:
+    routing = _state["llm"].llm_engine.model_executor.driver_worker.worker.model_runner.model.routing
+    cutoffs = routing._state.default_cutoffs  # written into the state of each request that starts
+    decide, scores = sequences.keeps, []
+
+    def recording(found: Any, cutoff: Any) -> Any:
         scores.append(found)
         return decide(found, cutoff)
 
-    for route in routes:
-        route.cutoff = float("-inf")
-    requests.keeps = recording  # type: ignore[assignment]
+    cutoffs.fill_(float("-inf"))
+    sequences.keeps = recording  # type: ignore[assignment]
     try:
-        for number, route in enumerate(routes):
-            route.cutoff = 0.0
+        for number, column in enumerate(routing.columns):
             scores.clear()
+            _state["llm"].reset_prefix_cache()  # it knows the scores of prompts that it has seen
             _submit(Load(load.requests, load.prompt, 1))
             while _step():
                 pass
-            # Layers up to this one have a cutoff, and score once per prefill step.
-            found = sorted(float(s) for step in scores[number :: number + 1] for s in step)
-            route.cutoff = _between(found, round((1 - kept) * len(found)))
+            found = sorted(float(s) for step in scores[number :: len(routing.columns)] for s in step)
+            cutoffs[column] = _between(found, round((1 - kept) * len(found)))
     finally:
-        requests.keeps = decide
+        sequences.keeps = decide
+    return torch.sigmoid(cutoffs).tolist()
 
 
 def _between(scores: Sequence[float], skipped: int) -> float:
