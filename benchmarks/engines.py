@@ -29,10 +29,13 @@ class Load:
     requests: int
     prompt: int  #: tokens
     output: int  #: tokens, exactly
+    shared: int = 0  #: tokens of the prompt that are the same in all requests, at its beginning
+    variant: int = 0  #: other prompts, which no cache has seen, but for what is shared
 
     def prompts(self) -> list[list[int]]:
         # One token repeated: random routers then decide otherwise for another request.
-        return [[7 + number % 400] * self.prompt for number in range(self.requests)]
+        first, own = self.variant * self.requests, self.prompt - self.shared
+        return [[3] * self.shared + [7 + (first + number) % 400] * own for number in range(self.requests)]
 
 
 @dataclass
@@ -43,11 +46,14 @@ class Times:
     tokens: dict[str, int] = field(default_factory=lambda: {"prefill": 0, "decode": 0})
     steps: dict[str, list[float]] = field(default_factory=lambda: {"prefill": [], "decode": []})
     requests: int = 0
+    #: seconds that the engine had worked when each request had its first token
+    first_tokens: list[float] = field(default_factory=list)
 
-    def add(self, kind: str, tokens: int, seconds: float) -> None:
+    def add(self, kind: str, tokens: int, seconds: float, first_tokens: int = 0) -> None:
         self.seconds[kind] += seconds
         self.tokens[kind] += tokens
         self.steps[kind].append(seconds)
+        self.first_tokens += [sum(self.seconds.values())] * first_tokens
 
     def rate(self, workload: str) -> float:
         """Tokens per second: of `prefill` or `decode` steps, or of `pool`: generated tokens over the whole run."""
@@ -73,13 +79,17 @@ class Engine:
     def submit(self, load: Load) -> None:
         self._call(_submit, load)
 
-    def step(self) -> tuple[str, int, float] | None:
-        """(kind, tokens, seconds) of one engine step; None when nothing is left to do."""
+    def step(self) -> tuple[str, int, float, int] | None:
+        """(kind, tokens, seconds, requests that got their first token) of a step; None when nothing is left to do."""
         return self._call(_step)
 
     def counts(self) -> tuple[float, float]:
         """(kept, routed) pairs since the start."""
         return self._call(_counts)
+
+    def metric(self, name: str) -> float:
+        """A counter of vLLM's, since the start."""
+        return self._call(_metric, name)
 
     def running(self) -> int:
         """Most requests that one step of the last load had."""
@@ -155,22 +165,27 @@ def _submit(load: Load) -> None:
         _state["llm"].llm_engine.add_request(str(next(_state["number"])), {"prompt_token_ids": prompt}, params)
 
 
-def _step() -> tuple[str, int, float] | None:
+def _step() -> tuple[str, int, float, int] | None:
     engine, scheduled = _state["llm"].llm_engine, _state["scheduled"]
     if not engine.has_unfinished_requests():
         return None
     scheduled.clear()
     begin = time.perf_counter()
-    engine.step()
+    outputs = engine.step()
     seconds = time.perf_counter() - begin
+    first_tokens = sum(len(output.outputs[0].token_ids) == 1 for output in outputs)
     counts = [n for step in scheduled for n in step]
     _state["most"] = max(_state["most"], *(len(step) for step in scheduled), 0)
-    return "prefill" if counts and max(counts) > 1 else "decode", sum(counts), seconds
+    return "prefill" if counts and max(counts) > 1 else "decode", sum(counts), seconds, first_tokens
 
 
 def _counts() -> tuple[float, float]:
     kept, routed = (sum(pairs.values()) for pairs in routed_pairs(_state["llm"]).values())
     return kept, routed
+
+
+def _metric(name: str) -> float:
+    return sum(m.value for m in _state["llm"].get_metrics() if m.name == name)
 
 
 def _running() -> int:

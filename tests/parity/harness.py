@@ -51,11 +51,15 @@ def engine(checkpoint: Path, mod: dict[str, Any] | None = None, **options: Any) 
         gc.collect()
 
 
-def generate(llm: Any, prompts: Sequence[list[int]], max_tokens: int | Sequence[int] = 24) -> list[Answer]:
+def generate(
+    llm: Any, prompts: Sequence[list[int]], max_tokens: int | Sequence[int] = 24, dial: dict[str, Any] | None = None
+) -> list[Answer]:
+    """Greedy answers of exactly so many tokens; dial: `vllm_xargs` of all of them."""
     from vllm import SamplingParams
 
     lengths = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
-    params = [SamplingParams(temperature=0, max_tokens=n, logprobs=0, ignore_eos=True) for n in lengths]
+    options: dict[str, Any] = {"temperature": 0, "logprobs": 0, "ignore_eos": True, "extra_args": dial}
+    params = [SamplingParams(max_tokens=n, **options) for n in lengths]
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     answers = []
     for output in outputs:
