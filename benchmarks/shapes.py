@@ -54,7 +54,7 @@ def four_systems(
     mixed: bool,
     window: int | None = None,
 ) -> dict[str, tuple[Path, dict[str, Any] | None]]:
-    """System -> (checkpoint without weights, engine knobs). `mixed`: thresholds are left for `Engine.scores`."""
+    """System -> (checkpoint without weights, engine knobs). `mixed`: thresholds are left for `Engine.thresholds`."""
     base = llama_config(directory / "base", **shape)
     skipped = skipped_layers(routed, kept)
     threshold = 0.5 if mixed else [1.0 if i in skipped else 0.0 for i in routed]

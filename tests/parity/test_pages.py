@@ -23,7 +23,7 @@ from .harness import (
     scheduler,
 )
 
-LAYERS = [0, 2, 3, 5, 7]  # the first layer too: its first page names the request and stays
+LAYERS = [0, 2, 3, 5, 7]  # the first layer, too
 TOKEN_BLOCK = 2 * 32 * 2 * 32 * 4 * 8  # bytes: K and V, tokens, heads, head size, float32, layers
 
 
