@@ -50,7 +50,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="steps per repeat (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in the backward")
-    parser.add_argument("--output", type=Path, default=RESULTS / "router_tuning.json", help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=RESULTS / "training_cpu.json", help="default: %(default)s")
     args = parser.parse_args()
     total = SHAPES[args.shape]["num_hidden_layers"]
     args.routed = total // 2 if args.routed is None else args.routed

@@ -168,7 +168,7 @@ def make_settings(vllm_config: VllmConfig, config: ModConfig) -> None:
             )
             scheduler.max_num_scheduled_tokens = max_len
     if config.keeps_state:
-        # One KV-cache group, so that the first block of a row names its request for as long as it runs.
+        # One KV-cache group, so that the first entry of a row is its request's slot for as long as it runs.
         scheduler.disable_hybrid_kv_cache_manager = True
     if vllm_config.lora_config is not None:
         logger.info(

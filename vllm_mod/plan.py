@@ -8,7 +8,8 @@ from typing import Any
 
 from .calibration import CALIBRATION_FILE, Calibration, read_calibration
 from .checkpoint import BaseShape
-from .config import ConfigError, EngineKnobs, ModConfig, UnderLoad
+from .config import ConfigError, ModConfig
+from .knobs import EngineKnobs, UnderLoad
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Under torch.compile: the compiler sees one opaque op per routed sublayer, whose row count stays out of its sight."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,24 +11,28 @@ from .harness import assert_equals_reference, engine, generate, random_prompts
 from .test_llama import ROUTED, STATIC
 from .test_moe import SHAPES
 
-CASES = [("llama", granularity) for granularity in ROUTED + STATIC]
+CASES: list[tuple[str, str, dict[str, Any]]] = [("llama", granularity, {}) for granularity in ROUTED + STATIC]
 # On the CPU the compiler traces into stock MoE layers.
 CASES += [
-    ("olmoe", "expert_token"),
-    ("olmoe", "mlp_static"),
-    ("deepseek", "expert_token"),
-    ("deepseek", "mlp_sequence"),
+    ("olmoe", "expert_token", {}),
+    ("olmoe", "mlp_static", {}),
+    ("deepseek", "expert_token", {}),
+    ("deepseek", "mlp_sequence", {}),
 ]
+WINDOWED = {"version": 2, "window": 24, "patch": {"rank": 4}}
+CASES += [("llama", "attn_sequence", WINDOWED), ("llama", "block_sequence", WINDOWED)]
 
 
-@pytest.mark.parametrize(("model", "granularity"), CASES)
-def test_parity(base: Path, tmp_path: Path, model: str, granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("model", "granularity", "config"), CASES)
+def test_parity(
+    base: Path, tmp_path: Path, model: str, granularity: str, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from vllm.config.compilation import CompilationMode
 
     monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")  # traced, not optimised
     if model != "llama":
         base = tiny_model(tmp_path / "base", model, num_hidden_layers=5, **SHAPES[model])
-    checkpoint = routed_checkpoint(base, tmp_path / "c", granularity, [1, 2, 3])
+    checkpoint = routed_checkpoint(base, tmp_path / "c", granularity, [1, 2, 3], **config)
     prompts = random_prompts((3, 40, 1, 70))
     with engine(checkpoint, enforce_eager=False) as llm:
         assert llm.llm_engine.vllm_config.compilation_config.mode != CompilationMode.NONE

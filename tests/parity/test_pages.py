@@ -11,17 +11,19 @@ from tests.support.models import routed_checkpoint, tiny_llama
 
 from .harness import (
     assert_equals_reference,
+    assert_nothing_left,
     assert_same,
     counter,
     engine,
     free_pages,
     generate,
+    manager,
     random_prompts,
     runner_model,
     scheduler,
 )
 
-LAYERS = [0, 2, 3, 5, 7]  # the first layer too: its first page names the request and stays
+LAYERS = [0, 2, 3, 5, 7]  # the first layer, too
 TOKEN_BLOCK = 2 * 32 * 2 * 32 * 4 * 8  # bytes: K and V, tokens, heads, head size, float32, layers
 
 
@@ -37,25 +39,23 @@ def _poison_free_pages(llm: Any) -> None:
     for cache in caches:
         cache.fill_(torch.nan)
         cache[0] = 0  # the null page, which rows of skipped layers point to
-    pool = scheduler(llm).kv_cache_manager.block_pool
-    free, take = pool.free_blocks, pool.get_new_blocks
+    pages = manager(llm).pages
+    give, take = pages.free.give, pages.free.take
 
-    def poison(blocks: Any, *args: Any, **kwargs: Any) -> None:
-        blocks = list(blocks)
-        for page in blocks:
-            if page.ref_cnt == 1 and page.block_hash is None and not page.is_null:
-                for cache in caches:
-                    cache[page.block_id] = torch.nan
-        free(blocks, *args, **kwargs)
+    def fill(numbers: Any, value: float) -> None:
+        for cache in caches:
+            cache[torch.from_numpy(numbers)] = value
 
-    def clean(*args: Any, **kwargs: Any) -> Any:
-        pages = take(*args, **kwargs)
-        for page in pages:
-            for cache in caches:
-                cache[page.block_id] = 0
-        return pages
+    def poison(numbers: Any, last: bool) -> None:
+        fill(numbers[~pages.cached[numbers]], torch.nan)
+        give(numbers, last)
 
-    pool.free_blocks, pool.get_new_blocks = poison, clean
+    def clean(number: int) -> Any:
+        numbers = take(number)
+        fill(numbers, 0)
+        return numbers
+
+    pages.free.give, pages.free.take = poison, clean
 
 
 @pytest.mark.parametrize("granularity", ["attn_sequence", "block_sequence"])
@@ -65,17 +65,16 @@ def test_pages_are_reused_under_preemption(long_base: Path, tmp_path: Path, gran
     rng = random.Random(3)
     prompts = random_prompts([rng.randrange(20, 300) for _ in range(40)])
     lengths = [rng.randrange(1, 60) for _ in prompts]
-    pool = 30 * TOKEN_BLOCK
+    pool = 24 * TOKEN_BLOCK
     with engine(checkpoint, kv_cache_memory_bytes=pool, max_model_len=512, max_num_seqs=32) as llm:
         _poison_free_pages(llm)
         free = free_pages(llm)
         answers = generate(llm, prompts, lengths)
-        manager = scheduler(llm).kv_cache_manager.coordinator.single_type_managers[0]
         assert counter(llm, "vllm:num_preemptions") > 0
-        assert manager.pages_released > 100
+        assert manager(llm).pages_released > 100
         assert free_pages(llm) == free, "pages leaked"
-        assert not manager._skipped
-        assert scheduler(llm).connector.messages_ignored == sum(n == 1 for n in lengths)  # ended before it arrived
+        assert manager(llm).reports_ignored == sum(n == 1 for n in lengths)  # ended before it arrived
+        assert_nothing_left(llm)
     decisions = assert_equals_reference(checkpoint, prompts, answers)
     kept = torch.tensor([[bool(d[i]) for i in LAYERS] for d in decisions]).float().mean()
     assert 0.2 < kept < 0.8
@@ -87,7 +86,7 @@ def test_reclaim_changes_no_answer(long_base: Path, tmp_path: Path) -> None:
     answers = []
     for reclaim in (True, False):
         with engine(checkpoint, {"kv_reclaim": reclaim}) as llm:
-            assert (runner_model(llm).routing.paged_layers is not None) == reclaim
+            assert manager(llm).by_layer == reclaim
             answers.append(generate(llm, prompts))
     assert_same(*answers)
 

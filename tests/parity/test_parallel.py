@@ -8,7 +8,7 @@ import pytest
 from tests.support.models import routed_checkpoint, tiny_model
 from tests.support.workers import negate_routers_of_rank_1
 
-from .harness import assert_equals_reference, counter, engine, generate, random_prompts
+from .harness import assert_equals_reference, assert_same, counter, engine, generate, random_prompts
 from .test_moe import SHAPES
 
 LAYERS = [1, 2, 4, 5, 6]  # on both pipeline ranks
@@ -26,21 +26,28 @@ pytestmark = pytest.mark.slow
 
 
 GRANULARITIES = ["attn_sequence", "attn_token", "block_sequence", "mlp_token", "block_static"]
-CASES = [(parallel, granularity) for parallel in PARALLEL for granularity in GRANULARITIES]
-CASES += [("pp", "mlp_sequence"), ("pp", "block_token")]
+CASES: list[tuple[str, str, dict[str, Any]]] = [(p, granularity, {}) for p in PARALLEL for granularity in GRANULARITIES]
+CASES += [("pp", "mlp_sequence", {}), ("pp", "block_token", {})]
+WINDOWED = {"version": 2, "window": 24, "patch": {"rank": 4}}
+CASES += [(p, granularity, WINDOWED) for p in PARALLEL for granularity in ("attn_sequence", "block_sequence")]
 
 
-@pytest.mark.parametrize(("parallel", "granularity"), CASES)
-def test_two_processes(base: Path, tmp_path: Path, granularity: str, parallel: str) -> None:
-    checkpoint = routed_checkpoint(base, tmp_path / "c", granularity, LAYERS)
+@pytest.mark.parametrize(("parallel", "granularity", "config"), CASES)
+def test_two_processes(
+    base: Path, tmp_path: Path, granularity: str, parallel: str, config: dict[str, Any]
+) -> None:  # fmt: skip
+    checkpoint = routed_checkpoint(base, tmp_path / "c", granularity, LAYERS, **config)
     prompts = random_prompts((3, 40, 17, 70, 33, 64, 128))
     with engine(checkpoint, **PARALLEL[parallel]) as llm:
         answers = generate(llm, prompts, 12)
+        if config:  # found in the cache: the sums of all ranks' layers are there
+            assert_same(answers, generate(llm, prompts, 12))
+            assert counter(llm, "vllm:prefix_cache_hits") > 0
         kept, routed = (counter(llm, f"vllm:mod_{name}") for name in ("kept", "routed"))
     decisions = assert_equals_reference(checkpoint, prompts, answers)
     if granularity.endswith("sequence"):  # every layer's decisions are counted once
-        assert routed == len(prompts) * len(LAYERS)
-        assert kept == sum(int(d[i]) for d in decisions for i in LAYERS)
+        assert routed == (1 + bool(config)) * len(prompts) * len(LAYERS)
+        assert kept == (1 + bool(config)) * sum(int(d[i]) for d in decisions for i in LAYERS)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,9 @@ QUICK = {
     ("test_moe.py",): "test_parity and deepseek and not static",
     ("test_async.py",): "test_steps_in_flight",
     ("test_rehearsal.py",): "[block_token or [patched] or [patched-",
+    ("test_window.py", "test_dial.py", "test_patches.py"): (
+        "(test_chunks and 24 and attn_sequence) or test_each_request or (test_parity and attn_sequence)"
+    ),
     ("test_decode.py", "../unit/test_kernels.py"): (
         "(test_dense and (attn_sequence or attn_token) and True)"
         " or test_split_pages or test_decide or test_token_scores"
@@ -28,6 +31,11 @@ SLOW = {
     ("test_rehearsal.py",): "not [block_token and not [patched] and not [patched-",
     ("test_dense.py",): "test_parity and (qwen2 or mistral) and not static",
     ("test_moe.py",): "test_parity and olmoe and not static",
+    ("test_window.py", "test_patches.py"): (
+        "(test_chunks and (mlp_sequence or block_sequence) and (24 or 4096))"
+        " or (test_one_token_per_step and attn_sequence) or (test_preemption and 24) or test_parity"
+    ),
+    ("test_soak.py",): "test_shared_prefixes_and_dials and 120",
 }
 #: The GPU worker of vLLM 0.31 starts up in other steps than the rehearsal knows.
 OLD_WORKER = importlib.util.find_spec("vllm.model_executor.warmup.attention_warmup") is None

@@ -16,7 +16,8 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from vllm_mod.calibration import read_calibration
 from vllm_mod.checkpoint import BaseShape, write_checkpoint
-from vllm_mod.config import EngineKnobs, ModConfig
+from vllm_mod.config import ModConfig
+from vllm_mod.knobs import EngineKnobs
 from vllm_mod.loading import RoutedWeights
 from vllm_mod.patch import Patch as ServedPatch
 from vllm_mod.plan import Plan

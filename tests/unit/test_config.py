@@ -13,7 +13,6 @@ from vllm_mod.config import (
     ARCHITECTURES,
     GRANULARITIES,
     ConfigError,
-    EngineKnobs,
     ModConfig,
     default_layers,
     logit,
@@ -257,63 +256,6 @@ def test_architectures():
         mod_architecture("GPT2LMHeadModel")
 
 
-class TestEngineKnobs:
-    @pytest.mark.parametrize("additional_config", [None, {}, {"mod": {}}, {"other": 1}])
-    def test_absent_knobs_change_nothing(self, additional_config):
-        knobs = EngineKnobs.from_additional_config(additional_config)
-        assert knobs == EngineKnobs()
-        assert knobs.kv_reclaim is True
-        assert knobs.apply(parse(threshold=0.3)) == parse(threshold=0.3)
-
-    @pytest.mark.parametrize(
-        ("knobs", "thresholds"),
-        [
-            ({"threshold": 0.7}, (0.7, 0.7)),
-            ({"threshold": 0}, (0.0, 0.0)),
-            ({"threshold": [0.1, 0.2]}, (0.1, 0.2)),
-            ({"force": "keep"}, (0.0, 0.0)),
-            ({"force": "skip"}, (1.0, 1.0)),
-            ({"force": "skip", "threshold": 0.3}, (1.0, 1.0)),
-        ],
-    )
-    def test_knobs_replace_the_thresholds(self, knobs, thresholds):
-        applied = EngineKnobs.from_additional_config({"mod": knobs}).apply(parse())
-        assert applied.limits == thresholds
-        assert applied.layers == (2, 3)
-
-    def test_knobs_replace_cutoffs(self):
-        config = parse(version=2, cutoff=[40.0, 41.5], window=8, patch={"rank": 2})
-        assert EngineKnobs().apply(config) == config
-        for knobs, limit in (({"threshold": 0.7}, 0.7), ({"force": "keep"}, 0.0), ({"force": "skip"}, 1.0)):
-            applied = EngineKnobs.from_additional_config({"mod": knobs}).apply(config)
-            assert (applied.criterion, applied.limits) == ("threshold", (limit, limit))
-            assert (applied.window, applied.patch) == (8, config.patch)
-
-    @pytest.mark.parametrize(
-        ("knobs", "said"),
-        [
-            ({"treshold": 0.5}, "unknown key 'treshold'.*Known keys: threshold, force, kv_reclaim"),
-            ({"force": "maybe"}, "key 'force'.*'keep' or 'skip'"),
-            ({"kv_reclaim": "yes"}, "key 'kv_reclaim'.*boolean"),
-            ({"threshold": 7}, "key 'threshold'.*from 0"),
-            ({"threshold": "high"}, "key 'threshold'.*number"),
-            ({"threshold": [0.1]}, "'threshold' lists 1 numbers for 2 routed layers"),
-            ([], "dictionary"),
-        ],
-    )
-    def test_bad_knobs(self, knobs, said):
-        with pytest.raises(ConfigError, match=f"^--additional-config: mod: .*{said}"):
-            EngineKnobs.from_additional_config({"mod": knobs}).apply(parse())
-
-    @pytest.mark.parametrize("patched", [{}, {"version": 2, "patch": {"rank": 2}}])
-    @pytest.mark.parametrize("knobs", [{"force": "keep"}, {"threshold": 0.5}])
-    def test_a_static_checkpoint_has_nothing_to_override(self, knobs, patched):
-        config = parse(granularity="attn_static", **patched)
-        assert EngineKnobs().apply(config) == config
-        with pytest.raises(ConfigError, match="a attn_static checkpoint has none"):
-            EngineKnobs.from_additional_config({"mod": knobs}).apply(config)
-
-
 def test_the_schema_imports_neither_vllm_nor_torch():
-    code = "import sys, vllm_mod.config, vllm_mod.cli; assert not {'vllm', 'torch', 'transformers'} & set(sys.modules)"
+    code = "import sys, vllm_mod.knobs, vllm_mod.cli; assert not {'vllm', 'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

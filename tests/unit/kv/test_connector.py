@@ -10,7 +10,8 @@ from vllm.sampling_params import SamplingParams
 
 from vllm_mod.calibration import Calibration
 from vllm_mod.checkpoint import BaseShape
-from vllm_mod.config import EngineKnobs, ModConfig
+from vllm_mod.config import ModConfig
+from vllm_mod.knobs import EngineKnobs
 from vllm_mod.kv import connector as module
 from vllm_mod.kv.connector import MoDConnector
 from vllm_mod.kv.messages import Report, Scored, StepMessage
