@@ -104,13 +104,14 @@ def engine_flags(args: Any, longest: int, batched_tokens: int, requests: int) ->
 
     Prompts are whole and nothing is cached, unless `args.caching`: vLLM's own settings then.
     """
-    caching = getattr(args, "caching", False)
+    caching, share = getattr(args, "caching", False), getattr(args, "gpu_memory_utilization", None)
     return {
         "load_format": "dummy", "skip_tokenizer_init": True, "enforce_eager": args.eager, "max_model_len": longest,
         "enable_prefix_caching": caching, "enable_chunked_prefill": caching,
         "max_num_batched_tokens": 2048 if caching else batched_tokens,
         "block_size": args.block_size, "max_num_seqs": requests, "disable_log_stats": False,
         "kv_cache_memory_bytes": args.kv_cache_memory_bytes,
+        **({} if share is None else {"gpu_memory_utilization": share}),
     }  # fmt: skip
 
 

@@ -31,6 +31,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sweep", choices=("prompt", "kept", "requests"), help="repeat for each of --values, and plot")
     parser.add_argument("--values", type=float, nargs="+", default=[], help="of --sweep")
     parser.add_argument("--kv-cache-memory-bytes", type=int, default=2 << 30, help="default: 2 GiB")
+    parser.add_argument(
+        "--gpu-memory-utilization", type=float, help="of one engine, where several share a GPU (default: vLLM's)"
+    )
     parser.add_argument("--block-size", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--eager", action="store_true", help="no compilation (default: what vLLM does by default)")
@@ -115,10 +119,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         )  # fmt: skip
         systems = {name: system for name, system in systems.items() if name in args.systems}
         for group in [[name] for name in systems] if args.alone else [list(systems)]:
-            engines = {}
-            for name in group:
-                progress(f"starting {name}")
-                engines[name] = Engine(*systems[name], flags)
+            progress(f"starting {', '.join(group)}")
+            with ThreadPoolExecutor() as pool:  # each in a process of its own
+                started = pool.map(lambda name: Engine(*systems[name], flags), group)
+                engines = dict(zip(group, started, strict=True))
             if args.mixed and "mod" in engines:
                 progress("calibrating mod")
                 thresholds = engines["mod"].thresholds(load, args.kept)

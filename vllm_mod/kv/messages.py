@@ -6,7 +6,6 @@ worker -> scheduler   `Report`: decisions newly taken, and the scores behind the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -76,7 +75,7 @@ class Report(KVConnectorWorkerMetadata):
                 if not _equal(mine.keep, theirs.keep):
                     raise RuntimeError(f"ranks disagree on routing decisions: {mine.keep} and {theirs.keep}")
                 continue
-            columns: Sequence[int] = other.columns
+            columns = list(other.columns)  # a tuple would index one element
             mine.sums[:, columns] = theirs.sums[:, columns]
             if mine.keep is not None and theirs.keep is not None:
                 mine.keep[columns] = theirs.keep[columns]

@@ -28,3 +28,12 @@ def test_pipeline_stages_are_joined() -> None:
     assert joined.columns == (0, 1)
     assert joined.scored[7].keep.tolist() == [True, False]  # type: ignore[union-attr]
     assert joined.scored[7].sums.tolist() == [[1.0, 2.0]]
+
+
+def test_stages_of_several_routed_layers_are_joined() -> None:
+    first = report((0, 1), [False, True, True, True, True], [1.0, 2.0, 0.0, 0.0, 0.0])
+    second = report((2, 3, 4), [True, True, False, True, False], [0.0, 0.0, 3.0, 4.0, 5.0])
+    joined = first.aggregate(second)
+    assert isinstance(joined, Report)
+    assert joined.scored[7].keep.tolist() == [False, True, False, True, False]  # type: ignore[union-attr]
+    assert joined.scored[7].sums.tolist() == [[1.0, 2.0, 3.0, 4.0, 5.0]]
