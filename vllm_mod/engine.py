@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
-from .checkpoint import BaseShape, num_experts_of, read_routers
+from .checkpoint import read_routers
 from .compat import attention_ops
 from .config import ConfigError, ModConfig
 from .hooks import ChainedHook, refuse_other_formats
 from .interfaces import check_vllm
-from .plan import plan_of
+from .plan import plan_of, shape_of
 from .request_check import check_requests
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class MoDEngineConfig(ChainedHook):
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
         super().verify_and_update_config(vllm_config)
-        check_vllm(bool(num_experts_of(vllm_config.model_config.hf_text_config.to_dict())))
+        check_vllm(bool(shape_of(vllm_config).num_experts))
         refuse_other_formats(vllm_config)
         plan = plan_of(vllm_config)
         config = plan.config
@@ -54,8 +54,7 @@ def check_routers(vllm_config: VllmConfig, config: ModConfig) -> None:
     directory = Path(vllm_config.model_config.model)
     if vllm_config.load_config.load_format == "dummy" or not directory.is_dir():
         return  # a hub checkpoint is checked while it is loaded
-    hf = vllm_config.model_config.hf_text_config
-    read_routers(directory, config, BaseShape.of(hf.to_dict(), str(directory / "config.json")))
+    read_routers(directory, config, shape_of(vllm_config))
 
 
 def refuse_what_cannot_work(vllm_config: VllmConfig, config: ModConfig) -> None:
@@ -77,7 +76,7 @@ def refuse_what_cannot_work(vllm_config: VllmConfig, config: ModConfig) -> None:
         raise ConfigError(f"{granularity} routing cannot be served with context parallelism; drop the -dcp/-pcp flags")
     if parallel.enable_dbo:
         raise ConfigError("routed models cannot be served with dual batch overlap; drop --enable-dbo")
-    if num_experts_of(vllm_config.model_config.hf_text_config.to_dict()) and config.target != "attn":
+    if shape_of(vllm_config).num_experts and config.target != "attn":
         _refuse_for_experts(vllm_config, config)
     window, max_len = vllm_config.model_config.get_sliding_window(), vllm_config.model_config.max_model_len
     if config.packs_kv and window and window < max_len and (sliding := _sliding_layers(vllm_config, config)):
@@ -108,7 +107,7 @@ def experts_without_adapters(vllm_config: VllmConfig) -> bool:
     """LoRA is on, the model has routed experts, and vLLM has no kernel that would give these an adapter (CPU)."""
     from vllm.platforms import current_platform
 
-    experts = num_experts_of(vllm_config.model_config.hf_text_config.to_dict())
+    experts = shape_of(vllm_config).num_experts
     return bool(experts) and vllm_config.lora_config is not None and current_platform.is_cpu()
 
 

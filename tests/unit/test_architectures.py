@@ -1,5 +1,6 @@
 """The table of architectures in vLLM: classes, what is refused for them, and the scores of single experts."""
 
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,21 +10,29 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from tests.support.architectures import EXPERTS
 from tests.support.models import edit_json, routed_checkpoint, tiny_model
 from vllm_mod import models
-from vllm_mod.checkpoint import BaseShape, check_routers, router_name
-from vllm_mod.config import ARCHITECTURES, ConfigError, ModConfig, default_layers
+from vllm_mod.architectures import ARCHITECTURES, Architecture, architecture_of
+from vllm_mod.checkpoint import BaseShape, check_routers, read_json, router_name
+from vllm_mod.config import ConfigError, ModConfig, default_layers
 from vllm_mod.gate import pair_scores, token_scores
 from vllm_mod.sublayers import _norms_all_heads
 
 DEEPSEEK = {"n_routed_experts": 8, "num_experts_per_tok": 3, "first_k_dense_replace": 2}
 
 
-@pytest.mark.parametrize(("base", "routed"), ARCHITECTURES.items())
-def test_a_row_of_the_table_is_a_class(base: str, routed: str) -> None:
-    made = getattr(models, routed)
-    assert made is getattr(models, routed)
-    assert issubclass(made, models.MoDModel) and base in {c.__name__ for c in made.__mro__}
+@pytest.mark.parametrize("row", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_a_row_of_the_table_is_a_class(row: Architecture) -> None:
+    made = getattr(models, row.routed)
+    assert made is getattr(models, row.routed)
+    assert issubclass(made, models.MoDModel) and row.base in {c.__name__ for c in made.__mro__}
+    assert architecture_of(row.base) is architecture_of(row.routed) is row
+
+
+def test_other_architectures_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"'GPT2LMHeadModel' is not supported; supported: .*LlamaForCausalLM"):
+        architecture_of("GPT2LMHeadModel")
 
 
 def test_other_names_are_unknown() -> None:
@@ -45,6 +54,7 @@ def test_an_architecture_of_another_kind_is_refused_by_name(part: str | None, me
 
     model = Other()
     model.mod_config = ModConfig.parse({"version": 1, "granularity": "mlp_token", "layers": [0]}, "test")
+    model.mod_row = ARCHITECTURES["LlamaForCausalLM"]
     if part is not None:
         layer = Layer()
         setattr(layer, part, nn.Identity())
@@ -71,22 +81,55 @@ def test_the_readme_shows_the_real_diff_of_an_architecture() -> None:
     assert not [path for path, text in code.items() if "Qwen3ForCausalLM" in text or '"qwen3"' in text]
 
 
-def shape(**config: Any) -> BaseShape:
-    return BaseShape.of({"num_hidden_layers": 6, "hidden_size": 4, **config}, "config.json")
+def shape(architecture: str, **config: Any) -> BaseShape:
+    return BaseShape.of({"num_hidden_layers": 6, "hidden_size": 4, **config}, "config.json", architecture)
 
 
 def test_shapes_of_models_with_experts() -> None:
-    assert shape().num_experts is None and shape(first_k_dense_replace=1).dense_layers == ()
-    assert shape(num_experts=8) == BaseShape("?", 6, 4, 8)
-    assert shape(n_routed_experts=8, first_k_dense_replace=2).dense_layers == (0, 1)
-    assert shape(n_routed_experts=8, moe_layer_freq=2).dense_layers == (1, 3, 5)
-    assert not set(default_layers(6)) & set(shape(**DEEPSEEK).dense_layers)
+    assert shape("LlamaForCausalLM", num_experts=8) == BaseShape("LlamaForCausalLM", 6, 4, None)
+    assert shape("OlmoeForCausalLM", num_experts=8) == BaseShape("OlmoeForCausalLM", 6, 4, 8)
+    assert shape("MixtralMoDForCausalLM", num_local_experts=8).num_experts == 8
+    deepseek = functools.partial(shape, "DeepseekForCausalLM")
+    assert deepseek(n_routed_experts=None, first_k_dense_replace=1) == BaseShape("DeepseekForCausalLM", 6, 4, None)
+    assert deepseek(n_routed_experts=8, first_k_dense_replace=2).dense_layers == (0, 1)
+    assert deepseek(n_routed_experts=8, moe_layer_freq=2).dense_layers == (1, 3, 5)
+    assert not set(default_layers(6)) & set(deepseek(**DEEPSEEK).dense_layers)
+    qwen = functools.partial(shape, "Qwen3MoeForCausalLM", num_experts=8)
+    assert qwen().dense_layers == qwen(mlp_only_layers=None, decoder_sparse_step=1).dense_layers == ()
+    assert qwen(mlp_only_layers=[0, 5]).dense_layers == (0, 5)
+    assert qwen(mlp_only_layers=[1], decoder_sparse_step=2).dense_layers == (0, 1, 2, 4)
+    for name in ("OlmoeForCausalLM", "MixtralForCausalLM", "Qwen3MoeForCausalLM", "DeepseekForCausalLM"):
+        with pytest.raises(ConfigError, match="config.json: key '(num|n)_.*experts' is missing"):
+            shape(name)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_file_and_a_loaded_config_name_the_same_experts(tmp_path: Path, name: str) -> None:
+    """transformers writes some keys under other names than the published files have."""
+    from transformers import AutoConfig
+
+    from vllm_mod.deepseek import register_config
+
+    register_config()
+    fields = {"num_hidden_layers": 6, **EXPERTS[name]}
+    loaded = AutoConfig.for_model(name, **fields)
+    loaded.save_pretrained(tmp_path)
+    row = next(r for r in ARCHITECTURES.values() if r.base.lower() == f"{name.replace('_', '')}forcausallm")
+    for config in (fields, loaded.to_dict(), read_json(tmp_path / "config.json")):
+        found = BaseShape.of({"hidden_size": 4, **config}, "config.json", row.base)
+        assert (found.num_experts, found.dense_layers) == (8, (0,) if name in ("qwen3_moe", "deepseek") else ())
+
+
+def test_what_is_added_to_the_residual_stream() -> None:
+    assert shape("GraniteForCausalLM", residual_multiplier=0.25).residual_multiplier == 0.25
+    assert shape("GraniteForCausalLM").residual_multiplier == 1.0  # as in transformers
+    assert shape("LlamaForCausalLM", residual_multiplier=0.25).residual_multiplier == 1.0
 
 
 @pytest.mark.parametrize(
     ("config", "layers", "rows", "message"),
     [
-        ({}, [2], 1, "needs experts, and this model is dense"),
+        ({"n_routed_experts": None}, [2], 1, "needs experts, and this model is dense"),
         (DEEPSEEK, [1, 2], 8, r"layers \[1\] of this model have one dense MLP \(8 experts in the others\)"),
         (DEEPSEEK, [2], 1, r"shape \[1, 4\], this model needs \[8, 4\], a gate for each of its 8 experts"),
         (DEEPSEEK, [2], 64, r"shape \[64, 4\], this model needs \[8, 4\]"),
@@ -96,7 +139,7 @@ def test_expert_routers_that_do_not_fit(config: dict[str, Any], layers: list[int
     mod = ModConfig.parse({"version": 1, "granularity": "expert_token", "layers": layers}, "test")
     routers = {router_name(i): torch.zeros(rows, 4) for i in layers}
     with pytest.raises(ConfigError, match=message):
-        check_routers(routers, mod, shape(**config), "routers")
+        check_routers(routers, mod, shape("DeepseekForCausalLM", **config), "routers")
 
 
 def test_pair_scores_are_those_of_each_experts_gate() -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.models import edit_json, routed_checkpoint, tiny_llama, tiny_model
 from vllm_mod.checkpoint import ROUTERS_FILE
-from vllm_mod.config import ARCHITECTURES
+from vllm_mod.architectures import ARCHITECTURES
 
 LAYERS = [1, 2]
 
@@ -87,10 +87,10 @@ def test_registering_twice_changes_nothing() -> None:
     from vllm_mod import register
 
     register()
-    before = {routed: MODELS_CONFIG_MAP[routed] for routed in ARCHITECTURES.values()}
+    before = {row.routed: MODELS_CONFIG_MAP[row.routed] for row in ARCHITECTURES.values()}
     register()
-    assert before == {routed: MODELS_CONFIG_MAP[routed] for routed in ARCHITECTURES.values()}
-    assert set(ARCHITECTURES.values()) <= set(ModelRegistry.get_supported_archs())
+    assert before == {row.routed: MODELS_CONFIG_MAP[row.routed] for row in ARCHITECTURES.values()}
+    assert {row.routed for row in ARCHITECTURES.values()} <= set(ModelRegistry.get_supported_archs())
 
 
 HF_FORMAT = {"config_format": "hf", "load_format": "hf", "tokenizer_mode": "hf"}
