@@ -2,13 +2,19 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 
-VENV := .venv
+# Another release than the lock's: make test VLLM=0.31.0, or VLLM=newest; it gets an environment of its own.
+VLLM ?=
+# torch.compile cannot use an environment whose path has a space: it goes elsewhere, and a link to it here.
+ifneq ($(words $(CURDIR)),1)
+ELSEWHERE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/vllm-mod/$(shell pwd | cksum | cut -d ' ' -f 1)/
+endif
+VENV := $(ELSEWHERE).venv$(if $(VLLM),-$(shell echo $(VLLM) | cut -d. -f1,2))
 BIN := $(VENV)/bin
-# The lock of requirements/cpu.txt was made with 3.11; newer versions are worth a try, older ones are too old.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-PIP := $(BIN)/python -m pip --disable-pip-version-check
-SAY := @printf '\033[1m==> %s\033[0m\n'
+ifneq ($(VLLM),)
+export VLLM_MOD_ALLOW_UNTESTED := 1
+endif
 
 # Replace the demo's model (local directory or hub name) and data: make demo MODEL=... DATA=...
 MODEL ?=
@@ -21,22 +27,10 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: setup
-setup: $(VENV)/.installed ## make .venv with the CPU environment of requirements/cpu.txt
-
-# Two stamps, so that an edited pyproject.toml does not install 170 packages again.
-$(VENV)/.locked: requirements/cpu.txt requirements/vllm-cpu-metadata/pyproject.toml
-	$(if $(PYTHON),,$(error Python 3.11 or newer is needed; name one with make PYTHON=...))
-	$(SAY) 'Environment 1/3: $(VENV) with $(PYTHON)'
-	$(PYTHON) -m venv $(VENV)
-	$(SAY) 'Environment 2/3: packages of requirements/cpu.txt (about 1 GB, 2 to 4 minutes)'
-	$(PIP) install --quiet --no-deps -r requirements/cpu.txt
-	$(PIP) install --quiet --no-deps --no-build-isolation ./requirements/vllm-cpu-metadata
-	@touch $@
-
-$(VENV)/.installed: $(VENV)/.locked pyproject.toml
-	$(SAY) 'Environment 3/3: this project, editable'
-	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
-	@touch $@
+setup: ## make .venv with the CPU environment of requirements/cpu.txt
+	$(if $(PYTHON),,$(error Python 3.11 to 3.13 is needed; name one with make PYTHON=...))
+	@$(PYTHON) requirements/install.py --venv $(VENV) $(if $(VLLM),--vllm $(VLLM))
+	$(if $(ELSEWHERE),@ln -sfn $(VENV) $(notdir $(VENV)))
 
 .PHONY: demo
 demo: setup ## train routers, serve them with vLLM, ask for an answer, show what was skipped

@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from router_tuning.states import newest_whole
 from vllm_mod.checkpoint import read_json
 from vllm_mod.config import ConfigError, default_layers
 
@@ -100,8 +101,7 @@ def train(run: Run, args: argparse.Namespace) -> Path:
     checkpoint = args.work / run.name
     if checkpoint.is_dir():
         return checkpoint
-    states = Path(f"{checkpoint}.run")
-    resume = ["--resume"] if any(states.glob("checkpoint-*")) else []
+    resume = ["--resume"] if newest_whole(Path(f"{checkpoint}.run"))[0] else []
     args.work.mkdir(parents=True, exist_ok=True)
     with (args.work / f"{run.name}.log").open("a") as log:
         words = [sys.executable, "-m", "router_tuning.cli", "train", *run.flags(args), *resume]

@@ -69,16 +69,15 @@ def router_tuning(*words: object) -> None:
 
 def kept_ratio(checkpoint: Path, file: Path, max_length: int) -> dict[str, Any]:
     """By the reference, of all samples in `file`."""
-    from transformers import AutoTokenizer
-
     from router_tuning.calibrate import collate
     from router_tuning.data import read_sources, tokenize
     from router_tuning.fitting import measure
     from router_tuning.model import load_reference
+    from router_tuning.tokenizer import load_tokenizer
     from vllm_mod.checkpoint import read_mod_config
 
     config = read_mod_config(checkpoint)
-    samples, _ = tokenize(read_sources([str(file)])[str(file)], AutoTokenizer.from_pretrained(checkpoint), max_length)
+    samples, _ = tokenize(read_sources([str(file)])[str(file)], load_tokenizer(checkpoint), max_length)
     found = measure(load_reference(checkpoint), collate(list(samples), config, 32), title="kept ratio")
     layers = {str(layer): round(kept, 4) for layer, kept in found.kept_per_layer.items()}
     error = round(found.standard_error, 4)
@@ -111,14 +110,13 @@ def one_run(args: argparse.Namespace, target: float, seed: int, directory: Path,
 
 def in_the_engine(args: argparse.Namespace, checkpoint: Path, file: Path) -> dict[str, Any]:
     """vLLM's kept ratio on the prompts that the checkpoint was calibrated on."""
-    from transformers import AutoTokenizer
-
     from router_tuning.data import read_sources, tokenize
+    from router_tuning.tokenizer import load_tokenizer
 
     from .heldout import engine_kept
 
     rows = read_sources([str(file)])[str(file)]
-    samples, _ = tokenize(rows, AutoTokenizer.from_pretrained(checkpoint), args.max_length)
+    samples, _ = tokenize(rows, load_tokenizer(checkpoint), args.max_length)
     prompts = [s["input_ids"][: s["prompt_len"]] for s in samples]
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     return isolated(engine_kept, checkpoint, prompts, **environment)

@@ -30,14 +30,14 @@ class Perplexities:
     def order(self) -> list[int]:
         """Layers as LLM-Drop's criterion drops them, the most dispensable first; by training samples."""
         import torch
-        from transformers import AutoTokenizer
 
         from router_tuning.data import read_sources, split_tail, tokenize
         from router_tuning.drop import sublayer_similarity
         from router_tuning.model import load_base
+        from router_tuning.tokenizer import load_tokenizer
 
         rows = split_tail(read_sources(self._args.data), self._args.fraction)[0]
-        tokenizer = AutoTokenizer.from_pretrained(self.base)
+        tokenizer = load_tokenizer(self.base)
         calibration, _ = tokenize(rows, tokenizer, self._args.max_length, CALIBRATION_SAMPLES)
         model = load_base(self.base, torch.float32).eval()
         similarity = sublayer_similarity(model, calibration["input_ids"], self.config.target)

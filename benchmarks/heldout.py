@@ -39,12 +39,11 @@ def arguments() -> argparse.Namespace:
 
 
 def held_out(args: argparse.Namespace) -> list[dict[str, Any]]:
-    from transformers import AutoTokenizer
-
     from router_tuning.data import read_sources, split_tail, tokenize
+    from router_tuning.tokenizer import load_tokenizer
 
     rows = split_tail(read_sources(args.data), args.fraction)[1]
-    samples, counts = tokenize(rows, AutoTokenizer.from_pretrained(args.model), args.max_length, args.samples)
+    samples, counts = tokenize(rows, load_tokenizer(args.model), args.max_length, args.samples)
     progress(f"held-out data: {counts}")
     return list(samples)
 

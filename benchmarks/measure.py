@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from router_tuning.data import read_sources, split_tail, tokenize
 from router_tuning.model import load_reference, reference_decisions, routing_of
+from router_tuning.tokenizer import load_tokenizer
 from vllm_mod.checkpoint import read_json, read_mod_config
 from vllm_mod.config import ConfigError, ModConfig
 
@@ -32,7 +32,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.base, self.work = args.model, args.work
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        tokenizer = load_tokenizer(args.model)
         tables = read_sources(args.data)
         total = sum(len(rows) for rows in tables.values())
         self.samples: list[dict[str, Any]] = []

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup
 
 from router_tuning.data import IGNORED, Collator, read_sources, split_tail, tokenize
 from router_tuning.model import decoder_layers, load_base
+from router_tuning.tokenizer import load_tokenizer
 from vllm_mod.config import ConfigError, default_layers
 
 from .common import progress, run_command
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = load_tokenizer(args.model)
     rows, _ = split_tail(read_sources(args.data), args.fraction)
     samples, counts = tokenize(rows, tokenizer, args.max_length, args.steps * args.batch_size, args.seed)
     if not len(samples):

@@ -9,9 +9,9 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from router_tuning.model import load_reference, reference_logits
+from router_tuning.tokenizer import load_tokenizer
 
 
 class ReferenceLM(HFLM):
@@ -23,9 +23,7 @@ class ReferenceLM(HFLM):
 
     def __init__(self, checkpoint: Path, max_length: int) -> None:
         model = load_reference(checkpoint)
-        super().__init__(
-            pretrained=model, tokenizer=AutoTokenizer.from_pretrained(checkpoint), batch_size=1, max_length=max_length
-        )
+        super().__init__(pretrained=model, tokenizer=load_tokenizer(checkpoint), batch_size=1, max_length=max_length)
 
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None

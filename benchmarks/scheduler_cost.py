@@ -1,19 +1,20 @@
-"""What pages per (request, layer) cost the scheduler, against stock allocation.
+"""What pages per (request, layer) cost the scheduler, against stock allocation, prefix caching on in both.
 
-Drives vLLM's own `KVCacheManager` as `Scheduler.schedule()` does, without a model: prefills, then decoding, then the
-end of every request. Three ways to allocate, taking turns in one process:
+Drives vLLM's own `KVCacheManager` as `Scheduler.schedule()` does, without a model: lookups and prefills, then decoding,
+then the end of every request, and what is told to workers and heard of them. Three ways to allocate, taking turns in
+one process:
 
   stock   vLLM's full-attention manager: one block per token block, for all layers
   pages   this plugin's manager, nothing skipped
-  skip    this plugin's manager, every request skips half of the layers
+  skip    this plugin's manager, every request skips half of the layers behind its window
 
-Reported per request and step in microseconds (median over the repeats, with the spread). A new row of pages comes with
-every block_size-th token, so decode steps are averaged over whole blocks. The last line of stdout is
+Reported per request and step in microseconds (median over the repeats, with the spread). New pages come with every
+block_size-th token, so decode steps are averaged over whole blocks. The last line of stdout is
 
   {"decode_us": {"stock", "pages", "skip"}, "ratio", "worst_step_ratio", "whole_request_ratio"}
 
 each ratio that of the slower of the two page managers to stock: of a decode step; of the step in which every request
-needs a new row at once; and of all a request costs, from its prefill over --steps output tokens to its end.
+needs new pages at once; and of all a request costs, from its prefill over --steps output tokens to its end.
 """
 
 from __future__ import annotations
@@ -31,67 +32,93 @@ from typing import Any
 from .common import RESULTS, command, machine, markdown_table, progress, write_json
 
 
-def kv_manager(layers: int, tokens: int, block_size: int, paged: bool) -> Any:
-    """A KVCacheManager with room for `tokens` tokens, of stock blocks or of pages."""
+def kv_manager(args: argparse.Namespace, paged: bool) -> Any:
+    """A KVCacheManager with room for all requests, of stock blocks or of pages."""
     import torch
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 
-    from vllm_mod.kv.pages import PageSpec
+    from vllm_mod.kv.spec import PageSpec
 
-    shape = {"block_size": block_size, "num_kv_heads": 8, "head_size": 128, "dtype": torch.bfloat16}
-    spec = PageSpec(**shape, num_layers=layers) if paged else FullAttentionSpec(**shape)
-    blocks = (tokens // block_size + 1) * (layers if paged else 1)
-    names = [f"model.layers.{i}.self_attn.attn" for i in range(layers)]
-    return KVCacheManager(
+    shape: dict[str, Any] = {"num_kv_heads": 8, "head_size": 128, "dtype": torch.bfloat16}
+    shape["block_size"] = args.block_size
+    spec = PageSpec(**shape, columns=args.layers, routed=routed(args)) if paged else FullAttentionSpec(**shape)
+    tokens = args.requests * (args.prompt + args.steps + args.block_size)
+    blocks = (tokens // args.block_size + 1) * (args.layers if paged else 1)
+    names = [f"model.layers.{i}.self_attn.attn" for i in range(args.layers)]
+    manager = KVCacheManager(
         KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(names, spec)]),
         max_model_len=tokens,
-        scheduler_block_size=block_size,
-        hash_block_size=block_size,
-        enable_caching=False,
+        scheduler_block_size=args.block_size,
+        hash_block_size=args.block_size,
+        enable_caching=True,
     )
+    if paged:
+        manager.coordinator.single_type_managers[0].use_window(args.window)
+    return manager
 
 
-def make_requests(number: int, prompt: int) -> list[Any]:
+def routed(args: argparse.Namespace) -> tuple[int, ...]:
+    return tuple(range(1, args.layers, 2))
+
+
+def make_requests(args: argparse.Namespace, seed: int) -> list[Any]:
+    """Of different tokens: each has its blocks alone, as a prompt that nobody sent before."""
     from vllm import SamplingParams
+    from vllm.utils.hashing import sha256
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
     from vllm.v1.request import Request
 
-    params = SamplingParams(max_tokens=1 << 20)
-    return [Request(f"request-{n}", [1] * prompt, params, None) for n in range(number)]
+    init_none_hash(sha256)
+    hasher, params = get_request_block_hasher(args.block_size, sha256), SamplingParams(max_tokens=1 << 20)
+    prompts = [[seed * args.requests + n, *[1] * (args.prompt - 1)] for n in range(args.requests)]
+    return [Request(f"request-{n}", prompt, params, None, block_hasher=hasher) for n, prompt in enumerate(prompts)]
 
 
-def allocate(manager: Any, request: Any, tokens: int) -> None:
-    """As in `schedule()`: slots, and the block ids for the worker."""
-    slots = manager.allocate_slots(request, tokens)
-    assert slots is not None
-    slots.get_block_ids(allow_none=True)
-    request.num_computed_tokens += tokens
+def schedule(manager: Any, pages: Any, requests: Sequence[Any], tokens: int, new: bool) -> Any:
+    """One step as in `schedule()`: lookups, slots, and what workers are told."""
+    for request in requests:
+        found = (manager.get_computed_blocks(request)[:2] if new else (None, 0))  # fmt: skip
+        slots = manager.allocate_slots(request, tokens, found[1], found[0])
+        assert slots is not None and not found[1]
+        slots.get_block_ids(allow_none=True)
+        request.num_computed_tokens += tokens
+    return pages.take_message() if pages is not None else None
 
 
-def one_round(manager: Any, args: argparse.Namespace, skipped: Sequence[int]) -> dict[str, Any]:
-    """Seconds of each phase; the pool must be full again afterwards."""
+def one_round(manager: Any, args: argparse.Namespace, keep: bool | None, seed: int) -> dict[str, Any]:
+    """Seconds of each phase; the pool must be full again afterwards. keep: None for the stock manager."""
+    import numpy as np
+
+    from vllm_mod.kv.messages import Scored
+
+    pages = None if keep is None else manager.coordinator.single_type_managers[0]
     free = manager.block_pool.get_num_free_blocks()
-    requests = make_requests(args.requests, args.prompt)
+    requests = make_requests(args, seed)
     gc.collect()
     clock = time.process_time_ns
     start = clock()
-    for request in requests:
-        allocate(manager, request, args.prompt)
-    prefill, start = clock() - start, clock()
-    if skipped:
-        pages = manager.coordinator.single_type_managers[0]
+    if pages is not None:
         for request in requests:
-            pages.skip_layers(request.request_id, skipped)
+            pages.open(request, np.zeros(len(routed(args))))
+    message = schedule(manager, pages, requests, args.prompt, new=True)
+    prefill = clock() - start
+    sums = np.full((-(-args.window // args.block_size), len(routed(args))), 1.0 if keep else -1.0)
+    heard = {s.serial: Scored(0, sums, sums[-1] > 0) for s in message.starts} if message is not None else {}
+    start = clock()
+    for serial, scored in heard.items():
+        pages.hear(serial, scored)
     decide, steps = clock() - start, []
     for _ in range(args.steps):
         start = clock()
         for request in requests:
-            allocate(manager, request, 1)
+            request.append_output_token_ids(2)
+        schedule(manager, pages, requests, 1, new=False)
         steps.append(clock() - start)
     start = clock()
     for request in requests:
-        if skipped:
-            pages.forget(request.request_id)
+        if pages is not None:
+            pages.close(request.request_id)
         manager.free(request)
     finish = clock() - start
     assert manager.block_pool.get_num_free_blocks() == free, "pages leaked"
@@ -107,13 +134,12 @@ def one_round(manager: Any, args: argparse.Namespace, skipped: Sequence[int]) ->
 
 
 def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    tokens = args.requests * (args.prompt + args.steps + args.block_size)
-    skipped = {"stock": (), "pages": (), "skip": range(1, args.layers, 2)}
-    managers = {n: kv_manager(args.layers, tokens, args.block_size, paged=n != "stock") for n in skipped}
+    keeps = {"stock": None, "pages": True, "skip": False}
+    managers = {name: kv_manager(args, paged=keep is not None) for name, keep in keeps.items()}
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in managers}
     for number in range(args.repeats + 1):
         for name, manager in managers.items():
-            rounds[name].append(one_round(manager, args, skipped[name]))
+            rounds[name].append(one_round(manager, args, keeps[name], number))
         progress(f"round {number} of {args.repeats}" + (" (warm-up)" if number == 0 else ""))
     results: dict[str, dict[str, Any]] = {}
     for name, measured in rounds.items():
@@ -137,6 +163,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--prompt", type=int, default=500, help="tokens per prompt")
     add("--steps", type=int, default=128, help="decode steps per round, a multiple of --block-size")
     add("--block-size", type=int, default=16, help="tokens per KV block")
+    add("--window", type=int, default=64, help="tokens that decide")
     add("--repeats", type=int, default=7, help="rounds per manager, taking turns, after one of warm-up")
     add("--output", type=Path, default=RESULTS / "scheduler_cost.json", help="result file")
     args = parser.parse_args(argv)

@@ -43,6 +43,7 @@ class Calibration(Strict):
     command: str | None = Field(None, description="what was typed")
     data: list[str] = Field(default_factory=list, description="what was measured on")
     samples: int | None = Field(None, ge=1)
+    rows: dict[str, Any] = Field(default_factory=dict, description="what became of the rows of the data")
     per_layer: bool = Field(False, description="every layer keeps the ratio by itself")
     target_capacity: float | None = Field(None, ge=0, le=1, description="kept ratio that was set")
     kept: float | None = Field(None, ge=0, le=1, description="and what was measured of it")

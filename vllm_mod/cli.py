@@ -1,4 +1,4 @@
-"""`vllm-mod`: look at dynamic-depth checkpoints. Nothing here imports vLLM or starts an engine."""
+"""`vllm-mod`: look at dynamic-depth checkpoints. Nothing here starts an engine; `doctor` alone imports vLLM."""
 
 from __future__ import annotations
 
@@ -62,6 +62,20 @@ def report(args: argparse.Namespace) -> None:
     outcome = draw_all([Path(checkpoint) for checkpoint in args.checkpoints], output)
     for name, reason in outcome.items():
         print(f"not drawn: {name}: {reason}" if reason else f"written: {output / name}")
+
+
+_DOCTOR = """\
+Would vLLM, in this environment, serve a routed checkpoint? One line for each of: is the plugin found, is vLLM there
+and one that is tested, are the architectures registered, are vLLM's private interfaces as expected.
+Exit status 1 if something is wrong; the line says what to do.
+"""
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Check the environment."""
+    from .doctor import doctor as examine
+
+    return examine()
 
 
 def describe(directory: Path) -> dict[str, Any]:
@@ -227,17 +241,23 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("checkpoints", metavar="CKPT", nargs="+", help="checkpoint directories")
     command.add_argument("--output", metavar="DIR", default="report", help="where to (default: %(default)s)")
     command.set_defaults(run=report)
+    command = commands.add_parser(
+        "doctor",
+        help="check that vLLM will serve checkpoints here",
+        description=_DOCTOR,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=doctor)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except ConfigError as error:
         print(f"vllm-mod: error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -125,6 +125,27 @@ def fill_spec_registry() -> None:
     KVCacheSpecRegistry._ensure_registered()
 
 
+def take_free_blocks(pool: Any, number: int) -> list[Any]:
+    """From vLLM's queue of free blocks, without the bookkeeping that `get_new_blocks` does for each one."""
+    blocks = pool.free_block_queue.popleft_n(number)
+    if pool.enable_caching:
+        for block in blocks:
+            if block._block_hash is not None:
+                pool._maybe_evict_cached_block(block)
+    return blocks
+
+
+def take_out_of_queue(pool: Any, block: Any) -> None:
+    """A free block that is in use again, as `touch` does."""
+    pool.free_block_queue.remove(block)
+
+
+def give_blocks_back(pool: Any, first: list[Any], last: list[Any]) -> None:
+    """To be reused before, and after, all others, as `free_blocks` does."""
+    pool.free_block_queue.prepend_n(first)
+    pool.free_block_queue.append_n(last)
+
+
 def manager_of(kv_cache_manager: Any) -> Any:
     """The manager of the first KV-cache group; vLLM hands connectors the whole, whose parts have no public name."""
     return kv_cache_manager.coordinator.single_type_managers[0]

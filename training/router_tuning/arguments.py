@@ -1,20 +1,22 @@
-"""The flags of `router-tuning`: one dataclass field, one flag. Parsed by transformers' HfArgumentParser."""
+"""The flags of `router-tuning`: one dataclass field, one flag (see `parser`)."""
 
 from __future__ import annotations
 
-import argparse
+import json
+import math
 import re
-import sys
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
 from vllm_mod.checkpoint import BaseShape
 from vllm_mod.config import GRANULARITIES, ConfigError, ModConfig, default_layers
+
+from .trainer_flags import OPTIMIZERS
 
 #: How far one AdamW step may move a score, at most, for inputs of unit size. See `default_learning_rate`.
 SCORE_STEP = 0.25
@@ -37,9 +39,9 @@ class RouterArguments:
 
     _argument_group_name = "routers and data"
 
-    model: str = field(metadata={"help": "base model: a directory or a hub name"})
+    model: str = field(metadata={"help": "base model: a directory, a hub name, or smollm2 (pip brings it)"})
     data: list[str] = field(
-        metadata={"help": "json/jsonl (.gz, .xz) files, directories of them, hub names, or a recipe.yaml that mixes "
+        metadata={"help": "JSON, CSV or Parquet files, directories of them, hub names, or a recipe.yaml that mixes "
                           "them; rows are `messages`, `prompt` + `completion`, `text`, or the fields of ShareGPT, "
                           "Alpaca or MetaMath"}
     )  # fmt: skip
@@ -72,7 +74,7 @@ class RouterArguments:
         default=8000, metadata={"help": "training samples, of all sources together; 0: all"}
     )
     eval_fraction: float = field(default=0.02, metadata={"help": "the last part of every file, held out"})
-    max_eval_samples: int = field(default=512, metadata={"help": "held-out samples that are evaluated"})
+    max_eval_samples: int = field(default=512, metadata={"help": "held-out samples that are evaluated; 0: all"})
     lora_r: int = field(default=0, metadata={"help": "rank of a LoRA adapter trained with the routers; 0: none"})
     lora_alpha: int | None = field(default=None, metadata={"help": "scales it by alpha / r; default: 2 r"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout of its input in training"})
@@ -92,6 +94,11 @@ class RouterArguments:
         default=None, metadata={"help": "states to resume from; default: <output>.run, removed when training ends well"}
     )
     resume: bool = field(default=False, metadata={"help": "go on from the last state in the run directory"})
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "check everything, show a sample as it is supervised, evaluate a batch, write an untrained "
+                  "checkpoint to <output>.dry-run, and stop"},
+    )  # fmt: skip
 
 
 @dataclass
@@ -106,6 +113,10 @@ class RouterTrainingArguments(TrainingArguments):
     )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning rate schedule"})
     warmup_steps: float = field(default=0.02, metadata={"help": "steps, or a share of them if below 1"})
+    optim: str = field(
+        default="adamw_torch_fused", metadata={"help": "those tried with routers", "choices": list(OPTIMIZERS)}
+    )
+    optim_args: str | None = field(default=None, metadata={"help": "of SGD, Adagrad, RMSprop: `momentum=0.9,…`"})
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW's"})
     adam_beta2: float = field(default=0.99, metadata={"help": "AdamW's; runs are a few hundred steps long"})
     max_grad_norm: float = field(default=0.0, metadata={"help": "0: no clipping; it would blunt the controller"})
@@ -118,27 +129,36 @@ class RouterTrainingArguments(TrainingArguments):
             "help": "base model and autocast in bf16; true or false; default: where the GPU has it, fp32 elsewhere"
         },
     )
+    gradient_checkpointing_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "a JSON object; use_reentrant is false"}
+    )
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "every router is always used"})
     dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "pin batches in memory"})
     logging_steps: float = field(default=10, metadata={"help": "steps between two log lines"})
     save_steps: float = field(default=0.1, metadata={"help": "steps between two states, or a share if below 1"})
     save_total_limit: int | None = field(default=2, metadata={"help": "states kept in the run directory"})
-    report_to: str | None = field(default="none", metadata={"help": "tensorboard, wandb, …"})
+    report_to: list[str] = field(default_factory=lambda: ["none"], metadata={"help": "tensorboard, wandb, …"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "it would drop the prompt mask"})
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
-            self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if self.bf16 and not torch.accelerator.is_available():
             self.use_cpu = True  # transformers wants that to be said
-        self.remove_unused_columns = False  # it would drop the prompt mask
         super().__post_init__()
+        if self.gradient_checkpointing:
+            # Re-entrant checkpoints give no gradient below inputs that need none: exactly our frozen trunk.
+            given = self.gradient_checkpointing_kwargs or {}
+            if not isinstance(given, dict) or given.get("use_reentrant"):
+                raise ValueError("--gradient-checkpointing-kwargs: use_reentrant would cut the routers' gradients off")
+            self.gradient_checkpointing_kwargs = given | {"use_reentrant": False}
 
 
 @dataclass
 class ExportArguments:
     """Base model + routers (or none, for a static granularity) -> checkpoint."""
 
-    model: str = field(metadata={"help": "base model: a directory or a hub name"})
+    model: str = field(metadata={"help": "base model: a directory, a hub name, or smollm2 (pip brings it)"})
     output: str = field(metadata={"help": "the checkpoint to write; must not exist"})
     routers: str | None = field(default=None, metadata={"help": "router-only directory or hub name"})
     granularity: str | None = field(
@@ -187,33 +207,56 @@ class CalibrateArguments:
     )
 
 
-class OneLineParser(HfArgumentParser):
-    """Errors in one line; the hundred flags of TrainingArguments are shown by --help alone."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
-        sys.exit(2)
+def _at_least(least: float) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: least <= value < math.inf, f"{least:g} or more is needed"
 
 
-def parse(types: Sequence[Any], prog: str, argv: Sequence[str]) -> tuple[Any, ...]:
-    """One object per type. Raises ConfigError where values do not go together; exits with one line on unknown flags."""
-    needed = [f.name for f in fields(types[0]) if f.default is MISSING and f.default_factory is MISSING]
-    required = " ".join(f"--{name.replace('_', '-')} {name.upper()}" for name in needed)
-    if needed[0] == "checkpoint":  # the one argument without a flag
-        required = required.removeprefix("--checkpoint ")
-        if argv and not argv[0].startswith("-"):
-            argv = ["--checkpoint", *argv]
-    parser = OneLineParser(
-        list(types),
-        prog=prog,
-        usage=f"{prog} {required} [flags]",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+_POSITIVE: tuple[Callable[[Any], bool], str] = (lambda value: 0 < value < math.inf, "a positive number is needed")
+_BETA: tuple[Callable[[Any], bool], str] = (lambda value: 0 <= value < 1, "a number from 0 to below 1 is needed")
+_SEED: tuple[Callable[[Any], bool], str] = (lambda value: 0 <= value < 1 << 32, "0 to 4294967295 is needed")
+
+
+def _is_object(value: Any) -> bool:
     try:
-        return parser.parse_args_into_dataclasses(list(argv))
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise ConfigError(" ".join(str(error).split())) from None
+        return isinstance(json.loads(value), dict)
+    except (TypeError, ValueError):
+        return False
+
+
+_OBJECT = (_is_object, "a JSON object such as '{\"key\": 1}' is needed")
+
+#: Flag (of any command) -> (is this value right?, what is needed). None is always right where it is the default.
+VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_length": _at_least(2),
+    "max_samples": _at_least(1),
+    "batch_size": _at_least(1),
+    "max_train_samples": (lambda value: value >= 0, "1 or more is needed (0: all)"),
+    "max_eval_samples": (lambda value: value >= 0, "1 or more is needed (0: all)"),
+    "capacity_lambda": (math.isfinite, "a finite number is needed"),
+    "per_device_train_batch_size": _at_least(1),
+    "per_device_eval_batch_size": _at_least(1),
+    "gradient_accumulation_steps": _at_least(1),
+    "num_train_epochs": _POSITIVE,
+    "max_steps": (lambda value: value == -1 or value > 0, "1 or more is needed (-1: by --num-train-epochs)"),
+    "learning_rate": _POSITIVE,
+    "warmup_steps": _at_least(0),
+    "weight_decay": _at_least(0),
+    "adam_beta1": _BETA,
+    "adam_beta2": _BETA,
+    "adam_epsilon": _POSITIVE,
+    "max_grad_norm": _at_least(0),
+    "logging_steps": _POSITIVE,
+    "save_steps": _POSITIVE,
+    "eval_steps": _POSITIVE,
+    "eval_delay": _at_least(0),
+    "gradient_checkpointing_kwargs": _OBJECT,
+    "lr_scheduler_kwargs": _OBJECT,
+    "dataloader_num_workers": _at_least(0),
+    "dataloader_prefetch_factor": _at_least(1),
+    "neftune_noise_alpha": _at_least(0),
+    "seed": _SEED,
+    "data_seed": _SEED,
+}
 
 
 def parse_layers(words: Sequence[str] | None, num_layers: int) -> list[int]:
@@ -251,5 +294,9 @@ def make_mod_config(args: RouterArguments | ExportArguments, shape: BaseShape, *
 def check_output(output: str | Path) -> None:
     """Before hours are spent."""
     path = Path(output)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    try:
+        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}; choose another output") from None
+    if taken:
         raise ConfigError(f"{path}: exists already; choose another output or remove it")

@@ -50,5 +50,9 @@ class TailAverage:
 
 
 def _local(routers: Mapping[int, Any]) -> dict[int, Tensor]:
-    weights = {layer: router.weight.detach() for layer, router in routers.items()}
-    return {layer: w.to_local() if hasattr(w, "to_local") else w for layer, w in weights.items()}
+    return {layer: local(router.weight.detach()) for layer, router in routers.items()}
+
+
+def local(tensor: Any) -> Tensor:
+    """This process's part of a sharded tensor; all of it where it is not sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

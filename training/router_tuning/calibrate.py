@@ -30,11 +30,13 @@ from vllm_mod.files import CONFIG_FILE, read_json
 
 from . import card
 from .arguments import CalibrateArguments
+from .counts import Counts
 from .data import Collator, check_sources, read_sources, split_tail, tokenize
 from .fitting import Measured, Meter, fit, thresholds_like
 from .hub import local_model
 from .lora import ADAPTER_DIR, load_adapter
 from .model import attach_routers, load_base, load_reference
+from .tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +52,7 @@ def calibrate(args: CalibrateArguments, command: str) -> Calibration:
     directory, config = _checked(args)
     check_sources(args.data)
     base = local_model(args.model or config.base_model or "") if is_router_only(directory) else directory
-    batches, used = _batches(args, config, base)
+    batches, counts = _batches(args, config, base)
     meter = Meter(_load(directory, config, base), batches)
     # Cutoffs per layer carry what is known of the layers: for a ratio of all layers together they move together.
     prior = config.cutoffs if isinstance(config.cutoff, tuple) else (0.0,) * len(config.layers)
@@ -64,7 +66,8 @@ def calibrate(args: CalibrateArguments, command: str) -> Calibration:
     record = Calibration(
         command=command,
         data=list(args.data),
-        samples=used,
+        samples=counts.used,
+        rows=counts.to_dict(),
         per_layer=args.per_layer,
         target_capacity=args.target_capacity,
         kept=found.kept,
@@ -143,18 +146,17 @@ def _checked(args: CalibrateArguments) -> tuple[Path, ModConfig]:
     return directory, config
 
 
-def _batches(args: CalibrateArguments, config: ModConfig, base: Path) -> tuple[list[dict[str, Tensor]], int]:
-    """The calibration data in batches of similar length, and the number of samples."""
-    from transformers import AutoTokenizer
-
+def _batches(args: CalibrateArguments, config: ModConfig, base: Path) -> tuple[list[dict[str, Tensor]], Counts]:
+    """The calibration data in batches of similar length, and what became of its rows."""
     tables = read_sources(args.data)
     rows = split_tail(tables, args.eval_fraction)[1 if args.eval_fraction else 0]
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base)
     samples, counts = tokenize(rows, tokenizer, args.max_length, args.max_samples)
+    log.info("calibration data: %s", counts)
     if counts.used < FEWEST_PROMPTS:
         names = ", ".join(args.data)
         raise ConfigError(f"{names}: {counts.used} usable prompts ({counts}); at least {FEWEST_PROMPTS} are needed")
-    return collate(list(samples), config, args.batch_size), counts.used
+    return collate(list(samples), config, args.batch_size), counts
 
 
 def collate(samples: list[dict[str, Any]], config: ModConfig, batch_size: int) -> list[dict[str, Tensor]]:

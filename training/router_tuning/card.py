@@ -19,6 +19,8 @@ from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.dial import ways_to_ask
 from vllm_mod.files import REFERENCE_COMMAND, read_json
 
+from .counts import summary
+
 CARD_FILE = "README.md"
 _WHAT = {"attn": "self-attention", "mlp": "MLP", "block": "attention and MLP", "expert": "routed experts"}
 #: Words of a licence's text -> the hub's name of it.
@@ -289,16 +291,13 @@ def _training(config: ModConfig, args: dict[str, Any], log: dict[str, Any], comm
 def _data(data: dict[str, Any]) -> str:
     tables = data.get("tables") or [{"name": name} for name in data.get("sources", [])]
     amounts = [f"{t['samples']} samples" if "samples" in t else f"x {t.get('portion', 1):g}" for t in tables]
-    rows = [[_file_name(t["name"]), str(t.get("rows", "-")), amount] for t, amount in zip(tables, amounts, strict=True)]
-    text = [_table(["data", "rows", "taken"], rows)]
-    for what, name in (("Training", "training"), ("Held out", "held_out")):
-        if counts := data.get(name):
-            text.append(
-                f"{what}: {counts['used']} of {counts['read']} rows that were looked at; {counts['no_answer']} without "
-                f"an answer and {counts['too_long']} with too long a prompt left out, {counts['truncated']} truncated; "
-                f"{counts.get('duplicates', 0)} duplicates left out before."
-            )
-    return "\n\n".join(text)
+    unread = [", ".join(t.get("fields_not_read", ["-"])).replace("|", "\\|") for t in tables]
+    head = ["data", "rows", "taken", "fields not read"]
+    names, sizes = [_file_name(t["name"]) for t in tables], [str(t.get("rows", "-")) for t in tables]
+    rows = zip(names, sizes, amounts, unread, strict=True)
+    parts = [("Training", data.get("training")), ("Held out", data.get("held_out"))]
+    text = [f"{what}: {summary(counts)}." for what, counts in parts if counts]
+    return "\n\n".join([_table(head, rows), *text])
 
 
 def _file_name(name: str) -> str:

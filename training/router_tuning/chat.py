@@ -1,112 +1,185 @@
-"""One data row to tokens, and which of them the assistant wrote."""
+"""A data row's form: a chat, or plain text. What its values are is up to `values`."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
-Span = tuple[int, int]
+from .values import Unusable, clean, missing, objects, text, texts, tool_calls, tools
 
-#: For tokenizers that have none.
-PLAIN_TEMPLATE = (
-    "{% for m in messages %}{{ '### ' + m['role'] | capitalize + ':\n' + (m['content'] | trim) }}"
-    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}"
-)
+#: Beside the turns, in every form: what came before them, and what a template is given besides.
+BESIDE = ("system", "system_prompt", "history", "tools", "documents", "chat_template_kwargs")
+#: What is read of a message. `weight` is OpenAI's: an answer of weight 0 is context, not trained on.
+MESSAGE_KEYS = (
+    "role", "content", "name", "tool_calls", "tool_call_id", "reasoning", "reasoning_content", "weight"
+)  # fmt: skip
 
-
-class NoAnswer(ValueError):
-    """The row has nothing to supervise, or a form that is not known."""
+Message = dict[str, Any]
 
 
-def encode(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """A row -> (token ids, supervised?) of equal length. Raises NoAnswer.
+@dataclass(frozen=True)
+class Plain:
+    """Text without roles. An empty prompt: all of the row is its answer."""
 
-    `prompt` + `completion` of strings is one turn of a chat where the tokenizer has a template, plain text otherwise.
-    """
-    messages = row.get("messages")
-    if messages is None and row.get("completion") is not None:
-        prompt, completion = row.get("prompt") or "", row["completion"]
-        if isinstance(prompt, list) or isinstance(completion, list):
-            messages = _as_messages(prompt, "user") + _as_messages(completion, "assistant")
-        elif not completion.strip():
-            raise NoAnswer("empty completion")
-        elif tokenizer.chat_template and prompt:
-            messages = _as_messages(prompt, "user") + _as_messages(completion, "assistant")
+    prompt: str
+    answer: str
+    #: `text` rows end as they end; a completion ends with the end token.
+    closed: bool
+
+
+@dataclass(frozen=True)
+class Chat:
+    """`content` of a message is a list of texts; `reasoning`, `name`, `tool_calls`, `tool_call_id`, `context` are there
+    where they say something. An assistant's turn is an answer unless `context` is set."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    documents: list[dict[str, Any]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    #: one turn of strings, for tokenizers without a template
+    plain: Plain | None = None
+
+
+def answers(chat: Chat) -> list[int]:
+    """Indices of the turns that are trained on. A greeting before the first question is context."""
+    found = [
+        k
+        for k, m in enumerate(chat.messages)
+        if m["role"] == "assistant" and not m.get("context") and ("tool_calls" in m or "".join(m["content"]).strip())
+    ]
+    return found[1:] if found[:1] == [0] and len(found) > 1 else found
+
+
+def read_row(row: Any) -> Chat | Plain:
+    """`messages`, `prompt` + `completion` (strings or lists of messages) or `text`. Raises Unusable."""
+    if not isinstance(row, dict):
+        raise Unusable("unreadable", "the row is no object")
+    if "unusable" in row:  # a converter has said so
+        raise Unusable(*row["unusable"])
+    try:
+        return _read(row)
+    except RecursionError:
+        raise Unusable("bad_value", "nested too deeply") from None
+
+
+def _read(row: dict[str, Any]) -> Chat | Plain:
+    if not missing(row.get("messages")):
+        return _chat(row, _messages(row["messages"], "messages"))
+    if not missing(row.get("completion")):
+        prompt, completion = None if missing(row.get("prompt")) else row.get("prompt"), row["completion"]
+        prompts = _as_messages(prompt, "user", "prompt")
+        # Answers in the prompt are context.
+        prompts = [m | {"context": True} if m["role"] == "assistant" else m for m in prompts]
+        chat = _chat(row, prompts + _as_messages(completion, "assistant", "completion"))
+        if not isinstance(completion, str) or isinstance(prompt, list):
+            return chat
+        if not completion.strip():
+            raise Unusable("no_answer", "completion is empty")
+        plain = Plain(text(prompt or "", "prompt"), text(completion, "completion"), closed=True)
+        alone = not any(not missing(row.get(key)) for key in BESIDE)
+        return plain if alone and not prompt else Chat(**vars(chat) | {"plain": plain if alone else None})
+    if not missing(row.get("prompt")):
+        raise Unusable("no_answer", "no completion")
+    if missing(row.get("text")):
+        raise Unusable("unreadable", "neither messages, nor prompt and completion, nor text")
+    words = text(row["text"], "text")
+    if not words.strip():
+        raise Unusable("no_answer", "text is empty")
+    return Plain("", words, closed=False)
+
+
+def _chat(row: dict[str, Any], messages: list[Message]) -> Chat:
+    system = [text(row[key], key) for key in ("system", "system_prompt") if not missing(row.get(key))]
+    before: list[Message] = [{"role": "system", "content": [words]} for words in system if words]
+    if before and messages and messages[0]["role"] == "system":
+        if messages[0]["content"] == before[0]["content"]:
+            before = []
         else:
-            end = tokenizer.eos_token or ""
-            return _tokens(prompt + completion + end, [(len(prompt), 1 << 60)], tokenizer, special=True)
-    if messages is not None:
-        text, spans = render(messages, tokenizer)
-        return _tokens(text, spans, tokenizer, special=False)
-    plain = row.get("text")
-    if not isinstance(plain, str) or not plain.strip():
-        raise NoAnswer("neither messages, prompt + completion, nor text")
-    return _tokens(plain, [(0, 1 << 60)], tokenizer, special=True)
+            raise Unusable("bad_value", "a system field beside a system turn with other words")
+    start = 1 if messages and messages[0]["role"] == "system" else 0
+    history = [] if missing(row.get("history")) else _history(row["history"])
+    settings = {} if missing(row.get("chat_template_kwargs")) else row["chat_template_kwargs"]
+    if not isinstance(settings, dict):
+        raise Unusable("bad_value", "chat_template_kwargs is no object")
+    return Chat(
+        before + messages[:start] + history + messages[start:],
+        [] if missing(row.get("tools")) else tools(row["tools"]),
+        [] if missing(row.get("documents")) else objects(row["documents"], "documents"),
+        clean(settings, "chat_template_kwargs"),
+    )
+
+
+def _history(value: Any) -> list[Message]:
+    """Earlier turns, as pairs (question, answer) or messages: context, like all of the prompt."""
+    if not isinstance(value, list):
+        raise Unusable("bad_value", "history is no list")
+    found: list[Message] = []
+    for turn in value:
+        if isinstance(turn, dict):
+            found += _messages([turn], "history")
+        elif isinstance(turn, (list, tuple)) and len(turn) == 2:
+            found += _as_messages(turn[0], "user", "history") + _as_messages(turn[1], "assistant", "history")
+        else:
+            raise Unusable("bad_value", "history: pairs of question and answer, or messages, are needed")
+    return [m | {"context": True} if m["role"] == "assistant" else m for m in found]
+
+
+def _as_messages(value: Any, role: str, where: str) -> list[Message]:
+    if isinstance(value, list):
+        return _messages(value, where)
+    return [{"role": role, "content": [text(value, where)]}] if value is not None and value != "" else []
+
+
+def _messages(value: Any, where: str) -> list[Message]:
+    if not isinstance(value, list):
+        raise Unusable("bad_value", f"{where} is no list of messages")
+    return [_message(m, where) for m in value]
+
+
+def _message(message: Any, where: str) -> Message:
+    """What vLLM passes on of a message, and no more."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise Unusable("bad_value", f"{where}: a message without a role")
+    role, content = text(message["role"], "role"), message.get("content")
+    if content is None and role == "assistant":  # it calls tools, or says nothing
+        content = []
+    found: Message = {"role": role, "content": texts(content, f"{role}: content")}
+    if role == "assistant":
+        if not missing(message.get("tool_calls")) and (calls := tool_calls(message["tool_calls"])):
+            found["tool_calls"] = calls
+        thought = next((message[k] for k in ("reasoning", "reasoning_content") if not missing(message.get(k))), None)
+        if thought is not None:
+            found["reasoning"] = text(thought, "reasoning")
+        weight = message.get("weight")
+        if not missing(weight) and weight not in (0, 1):
+            raise Unusable("bad_value", "weight: 0 (context) or 1 is needed")
+        if weight == 0:
+            found["context"] = True
+    if role == "tool" and isinstance(message.get("tool_call_id"), str):
+        found["tool_call_id"] = clean(message["tool_call_id"], "tool_call_id")
+    if isinstance(message.get("name"), str):
+        found["name"] = clean(message["name"], "name")
+    return found
 
 
 def fingerprint(row: Any) -> bytes | None:
-    """Equal for rows of the same roles and words, whatever the white space and the form; None of an empty row."""
-    if not isinstance(row, dict):
-        return None
-    messages = row.get("messages")
-    if messages is None and row.get("completion") is not None:
-        messages = _as_messages(row.get("prompt"), "user") + _as_messages(row["completion"], "assistant")
-    if messages is None:
-        messages = _as_messages(row.get("text"), "text")
+    """Equal for rows that say the same, whatever the white space and the form; None where nothing is said."""
     try:
-        turns = [(m["role"], " ".join(str(m.get("content") or "").split())) for m in messages]
-    except (TypeError, KeyError, AttributeError):
+        found = read_row(row)
+    except Unusable:
         return None
-    return blake2b(json.dumps(turns).encode(), digest_size=16).digest() if turns else None
+    if isinstance(found, Plain):
+        said: Any = [["assistant" if found.closed else "text", " ".join((found.prompt + found.answer).split())]]
+    else:
+        beside = {k: v for k, v in vars(found).items() if k in ("tools", "documents", "settings") and v}
+        said = [
+            [m["role"], " ".join(" ".join(m["content"]).split()), *_more(m)] for m in found.messages
+        ] + ([beside] if beside else [])  # fmt: skip
+    return blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).digest() if said else None
 
 
-def _as_messages(value: Any, role: str) -> list[dict[str, str]]:
-    return list(value) if isinstance(value, list) else [{"role": role, "content": value}] if value else []
-
-
-def render(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[str, list[Span]]:
-    """Chat -> (text, character spans of the assistant's answers, end tokens included).
-
-    An answer is what rendering one message more adds after the generation prompt. Templates that rewrite earlier
-    turns (Qwen3 drops old thoughts) break that; then the answer's own words are looked up in the text.
-    """
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
-        raise NoAnswer("messages without roles")
-    answers = [k for k, m in enumerate(messages) if m["role"] == "assistant" and str(m.get("content") or "").strip()]
-    if not answers:
-        raise NoAnswer("no assistant message")
-    messages = [m if m.get("content") is not None else {**m, "content": ""} for m in messages]
-    template = None if tokenizer.chat_template else PLAIN_TEMPLATE
-
-    def to_text(part: list[dict[str, Any]], ask: bool = False) -> str:
-        try:
-            return tokenizer.apply_chat_template(
-                part, tokenize=False, add_generation_prompt=ask, **({"chat_template": template} if template else {})
-            )
-        except Exception as error:  # templates refuse roles they do not know, in exceptions of any kind
-            raise NoAnswer(f"the chat template refuses this row: {error}") from None
-
-    full = to_text(messages)
-    spans: list[Span] = []
-    for k in answers:
-        end_of_last = spans[-1][1] if spans else 0
-        before = to_text(messages[:k], ask=True) if k else ""
-        after = to_text(messages[: k + 1])
-        if after.startswith(before) and full.startswith(after) and len(before) >= end_of_last:
-            spans.append((len(before), len(after)))
-            continue
-        content = str(messages[k]["content"]).strip()
-        start = full.find(content, end_of_last)
-        if start < 0:
-            raise NoAnswer("the answer is not in the rendered chat")
-        spans.append((start, start + len(content)))
-    return full, spans
-
-
-def _tokens(text: str, spans: list[Span], tokenizer: Any, special: bool) -> tuple[list[int], list[bool]]:
-    """Tokenize; a token is supervised if it begins inside a span. Rendered chats bring their own special tokens."""
-    encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
-    supervised = [any(a <= start < b and end > start for a, b in spans) for start, end in encoded["offset_mapping"]]
-    return list(encoded["input_ids"]), supervised
+def _more(message: Message) -> list[Any]:
+    more = {key: value for key, value in message.items() if key not in ("role", "content")}
+    return [more] if more else []

@@ -21,7 +21,8 @@ commands:
 
 
 def train(argv: Sequence[str]) -> int:
-    from .arguments import RouterArguments, RouterTrainingArguments, parse
+    from .arguments import RouterArguments, RouterTrainingArguments
+    from .parser import parse
     from .run import run_training
 
     args, training_args = parse([RouterArguments, RouterTrainingArguments], "router-tuning train", argv)
@@ -29,8 +30,9 @@ def train(argv: Sequence[str]) -> int:
 
 
 def export(argv: Sequence[str]) -> int:
-    from .arguments import ExportArguments, parse
+    from .arguments import ExportArguments
     from .export import export as run_export
+    from .parser import parse
 
     (args,) = parse([ExportArguments], "router-tuning export", argv)
     print(f"written: {run_export(args, run_record(['export', *argv]))}")
@@ -38,9 +40,10 @@ def export(argv: Sequence[str]) -> int:
 
 
 def calibrate(argv: Sequence[str]) -> int:
-    from .arguments import CalibrateArguments, parse
+    from .arguments import CalibrateArguments
     from .calibrate import calibrate as run_calibrate
     from .calibrate import report
+    from .parser import parse
 
     (args,) = parse([CalibrateArguments], "router-tuning calibrate", argv)
     report(run_calibrate(args, shlex.join(["router-tuning", "calibrate", *argv])), args.checkpoint)
@@ -82,6 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return COMMANDS[argv[0]](argv[1:])
     except ConfigError as error:
         print(f"router-tuning: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith(("router_tuning", "vllm_mod")):
+            raise
+        print(f'router-tuning: error: {error}; install it with: pip install "vllm-mod[train]"', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("router-tuning: interrupted", file=sys.stderr)

@@ -1,24 +1,67 @@
-"""Rows of other instruction data sets -> the forms `chat.encode` reads: `messages`, `prompt` + `completion`, `text`.
+"""Rows of other instruction data sets -> the forms `chat.read_row` reads: `messages`, `prompt` + `completion`, `text`.
 
-A converter takes one row and returns one. A row it has no use for (an unknown speaker, say) becomes empty
-`messages`, which are counted as rows without an answer; a row without the converter's keys raises KeyError.
+A converter takes one row and returns one. It raises Unusable for a row it has no use for (an unknown speaker, say), and
+KeyError for one without its keys. What stands beside the turns (`chat.BESIDE`) goes along with every chat.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
+
+from .chat import BESIDE, MESSAGE_KEYS
+from .values import Unusable, missing, text
 
 Row = dict[str, Any]
 
 _ROLES = {
     "human": "user", "user": "user", "system": "system",
     "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "assistant": "assistant",
+    "function_call": "assistant", "observation": "tool", "function_response": "tool", "tool": "tool",
 }  # fmt: skip
 
 
-def _turn(prompt: str, answer: str) -> Row:
-    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+@dataclass(frozen=True)
+class Converter:
+    """`convert`, and what it reads: keys of a row, and of the turns that stand in a list below some of them."""
+
+    convert: Callable[[Row], Row]
+    needs: tuple[str, ...]
+    may: tuple[str, ...] = BESIDE
+    turns: tuple[str, ...] = ()
+    turn_keys: tuple[str, ...] = MESSAGE_KEYS
+
+    def fits(self, row: Row) -> bool:
+        return all(not missing(row.get(key)) for key in self.needs)
+
+    def not_read(self, row: Row) -> Iterator[str]:
+        """Names of fields that say something and that nobody reads."""
+        read = {*self.needs, *self.may}
+        yield from (str(key) for key, value in row.items() if key not in read and _says_something(value))
+        for key in self.turns:
+            turns = row.get(key)
+            found = {
+                f"{key}[].{name}"
+                for turn in (turns if isinstance(turns, list) else ())
+                for name, value in (turn.items() if isinstance(turn, dict) else ())
+                if name not in self.turn_keys and _says_something(value)
+            }
+            yield from sorted(found)
+
+
+def _says_something(value: Any) -> bool:
+    return not missing(value) and value not in ("", [], {})
+
+
+def _beside(row: Row) -> Row:
+    return {key: row[key] for key in BESIDE if not missing(row.get(key))}
+
+
+def _turn(row: Row, prompt: str, answer: Any) -> Row:
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return {"messages": turns} | _beside(row)
 
 
 def _conversation(row: Row, unwanted: tuple[str, ...] = ()) -> Row:
@@ -27,12 +70,23 @@ def _conversation(row: Row, unwanted: tuple[str, ...] = ()) -> Row:
     for turn in row["conversations"]:
         speaker = turn["from"]
         if speaker in unwanted or speaker not in _ROLES:
-            return {"messages": []}
-        messages.append({"role": _ROLES[speaker], "content": turn["value"]})
+            raise Unusable("unreadable", f"a turn of speaker {speaker!r}")
+        message = {"role": _ROLES[speaker], "content": turn["value"]}
+        if speaker == "function_call":
+            message = {"role": "assistant", "tool_calls": _calls(turn["value"])}
+        messages.append(message | ({"weight": turn["weight"]} if "weight" in turn else {}))
     # Long conversations come in pieces, and a later piece may begin with the answer to nothing.
     while messages and messages[0]["role"] == "assistant":
         messages.pop(0)
-    return {"messages": messages}
+    return {"messages": messages} | _beside(row)
+
+
+def _calls(value: Any) -> Any:
+    try:
+        calls = json.loads(value)
+    except ValueError:
+        raise Unusable("bad_value", "a function_call that is not JSON") from None
+    return calls if isinstance(calls, list) else [calls]
 
 
 def sharegpt(row: Row) -> Row:
@@ -45,59 +99,57 @@ def evol_instruct(row: Row) -> Row:
 
 
 def metamath(row: Row) -> Row:
-    return _turn(row["query"], row["response"])
+    return _turn(row, row["query"], row["response"])
 
 
 def alpaca(row: Row) -> Row:
     """`instruction`, `input` (joined as the paper joins it) and `output`."""
-    more = row.get("input") or ""
-    return _turn(row["instruction"] + (f"\nInput: {more}\n" if more else ""), row["output"])
+    more = "" if missing(row.get("input")) else text(row["input"], "input")
+    joined = text(row["instruction"], "instruction") + (f"\nInput: {more}\n" if more else "")
+    return _turn(row, joined, row["output"])
 
 
 def evol_codealpaca(row: Row) -> Row:
-    return _turn(row["instruction"], row["output"])
+    return _turn(row, row["instruction"], row["output"])
 
 
 def messages(row: Row) -> Row:
-    return {"messages": row["messages"]}
+    return {"messages": row["messages"]} | _beside(row)
 
 
 def completion(row: Row) -> Row:
-    return {"prompt": row.get("prompt"), "completion": row["completion"]}
+    return {"prompt": row.get("prompt"), "completion": row["completion"]} | _beside(row)
 
 
-def text(row: Row) -> Row:
+def plain_text(row: Row) -> Row:
     return {"text": row["text"]}
 
 
-def auto(row: Row) -> Row:
-    """By the keys of the row; ValueError where more than one form would do, KeyError where none."""
-    found = [name for name, keys in _FORMS.items() if all(row.get(key) is not None for key in keys)]
+_SHAREGPT = Converter(
+    sharegpt, ("conversations",), turns=("conversations",), turn_keys=("from", "value", "weight")
+)  # fmt: skip
+_ALPACA = Converter(alpaca, ("instruction", "output"), ("input", *BESIDE))
+CONVERTERS: dict[str, Converter] = {
+    "messages": Converter(messages, ("messages",), turns=("messages",)),
+    "completion": Converter(completion, ("completion",), ("prompt", *BESIDE), turns=("prompt", "completion")),
+    "text": Converter(plain_text, ("text",), ()),
+    "sharegpt": _SHAREGPT,
+    "evol_instruct": replace(_SHAREGPT, convert=evol_instruct),
+    "slim_orca": _SHAREGPT,
+    "metamath": Converter(metamath, ("query", "response")),
+    "evol_codealpaca": Converter(evol_codealpaca, ("instruction", "output")),
+    "alpaca": _ALPACA,
+}
+#: What rows are known by. `text` is last: some sets carry a rendered one beside their fields.
+_FORMS = ("messages", "completion", "sharegpt", "alpaca", "metamath")
+NAMES = ("auto", *CONVERTERS)
+
+
+def converter_of(row: Row, name: str) -> Converter:
+    """By name, or by the row's keys; ValueError where more than one form would do, KeyError where none."""
+    if name != "auto":
+        return CONVERTERS[name]
+    found = [form for form in _FORMS if CONVERTERS[form].fits(row)]
     if len(found) > 1:
         raise ValueError(f"could be {' or '.join(found)}")
-    if found:
-        return CONVERTERS[found[0]](row)
-    return text(row)  # last: some sets carry a rendered `text` beside their fields
-
-
-#: What `auto` knows a form by.
-_FORMS: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "completion": ("completion",),
-    "sharegpt": ("conversations",),
-    "alpaca": ("instruction", "output"),
-    "metamath": ("query", "response"),
-}
-
-CONVERTERS: dict[str, Callable[[Row], Row]] = {
-    "auto": auto,
-    "messages": messages,
-    "completion": completion,
-    "text": text,
-    "sharegpt": sharegpt,
-    "evol_instruct": evol_instruct,
-    "slim_orca": sharegpt,
-    "metamath": metamath,
-    "evol_codealpaca": evol_codealpaca,
-    "alpaca": alpaca,
-}
+    return CONVERTERS[found[0] if found else "text"]

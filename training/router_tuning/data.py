@@ -1,8 +1,8 @@
 """Instruction data to tokens: which tokens are the prompt, which are supervised.
 
-A *source* is a local `.json`/`.jsonl` file (also `.gz`, `.xz`), a directory of them, a dataset on the hub, or a recipe
-of those. Rows are `messages`, `prompt` + `completion`, or `text`, or become that (see `converters`). Loss is on the
-answers only; a `text` row has no prompt and all of it is supervised. Nothing is dropped silently: see `Counts`.
+A *source* is a local file (`files` knows the kinds), a directory of them, a data set on the hub, or a recipe of those.
+Rows are `messages`, `prompt` + `completion`, or `text`, or become that (see `converters`). Loss is on the answers only;
+a `text` row has no prompt and all of it is supervised. Nothing is dropped silently: see `counts`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,36 +20,16 @@ from tqdm import tqdm
 
 from vllm_mod.config import ConfigError
 
-from .chat import NoAnswer, encode, fingerprint
+from .chat import fingerprint
+from .counts import Counts
+from .encode import Encoded, Encoder
 from .recipe import parse_recipe, read_recipe
 from .sources import RECIPE_SUFFIXES, Table, looks_local, read_source
+from .values import Unusable
 
 log = logging.getLogger(__name__)
 
 IGNORED = -100
-
-
-@dataclass
-class Counts:
-    """What became of the rows; part of the run record."""
-
-    read: int = 0
-    used: int = 0
-    no_answer: int = 0
-    truncated: int = 0
-    too_long: int = 0
-    #: left out before rows were taken, so not part of `read`
-    duplicates: int = 0
-
-    def __str__(self) -> str:
-        return (
-            f"{self.used} of {self.read} rows used; {self.no_answer} without an answer skipped, "
-            f"{self.truncated} truncated, {self.too_long} dropped because the prompt alone is too long; "
-            f"{self.duplicates} duplicates left out before"
-        )
-
-    def to_dict(self) -> dict[str, int]:
-        return asdict(self)
 
 
 def check_sources(sources: Iterable[str]) -> None:
@@ -82,6 +61,7 @@ def describe(tables: Mapping[str, Table]) -> list[dict[str, Any]]:
     return [
         {"name": name, "rows": len(table)}
         | ({"portion": table.portion} if table.samples is None else {"samples": table.samples})
+        | ({"fields_not_read": dict(table.not_read)} if table.not_read else {})
         for name, table in tables.items()
     ]
 
@@ -165,6 +145,7 @@ def tokenize(
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
     counts = Counts(duplicates=getattr(rows, "duplicates", 0))
+    encode = Encoder(tokenizer)
     samples: list[dict[str, Any]] = []
     total = min(len(order), max_samples or len(order))
     for i in tqdm(order, desc="tokenize", unit="row", total=total, leave=False, disable=total < 5_000):
@@ -172,24 +153,28 @@ def tokenize(
             break
         counts.read += 1
         try:
-            ids, supervised = encode(rows[i], tokenizer)
-        except NoAnswer:
-            counts.no_answer += 1
-            continue
-        cut = len(ids) > max_length
-        ids, supervised = ids[:max_length], supervised[:max_length]
-        first = next((t for t, s in enumerate(supervised) if s), len(ids))
-        # The first token has no prediction, so an answer must reach beyond it.
-        if not any(supervised[1:]):
-            counts.too_long += cut
-            counts.no_answer += not cut
-            continue
-        counts.truncated += cut
-        counts.used += 1
-        labels = [token if s else IGNORED for token, s in zip(ids, supervised, strict=True)]
-        # No prompt (`text`): a decision can only be taken over all of it.
-        samples.append({"input_ids": ids, "labels": labels, "prompt_len": first or len(ids)})
+            samples.append(_sample(encode(rows[i]), max_length, counts))
+        except Unusable as reason:
+            counts.leave_out(reason)
     return Dataset.from_list(samples), counts
+
+
+def _sample(row: Encoded, max_length: int, counts: Counts) -> dict[str, Any]:
+    # The first token has no prediction, so an answer must reach beyond it.
+    if not any(row.supervised[1:max_length]):
+        if len(row.ids) > max_length:
+            raise Unusable("too_long", f"{row.prompt_len} tokens, {max_length} are allowed")
+        raise Unusable("no_answer", "the answer is the first token of all")
+    counts.used += 1
+    counts.truncated += len(row.ids) > max_length
+    for name in row.not_shown:
+        counts.not_shown[name] = counts.not_shown.get(name, 0) + 1
+    labels = [token if s else IGNORED for token, s in zip(row.ids, row.supervised, strict=True)]
+    return {
+        "input_ids": row.ids[:max_length],
+        "labels": labels[:max_length],
+        "prompt_len": min(row.prompt_len, max_length),
+    }
 
 
 class Collator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,8 @@ from . import card
 from .arguments import ExportArguments, check_output, make_mod_config
 from .hub import local_model, warn_of_strangers
 from .lora import ADAPTER_DIR
+
+log = logging.getLogger(__name__)
 
 
 def base_shape(directory: Path) -> BaseShape:
@@ -148,16 +151,17 @@ def drop_config(args: ExportArguments, base: Path, shape: BaseShape) -> ModConfi
             f"--drop-attention: 1 to {shape.num_layers - 1} of the {shape.num_layers} layers can be dropped"
         )
     import torch
-    from transformers import AutoTokenizer
 
     from .data import read_sources, split_tail, tokenize
     from .drop import attention_similarity, most_similar
     from .model import load_base
+    from .tokenizer import load_tokenizer
 
     rows, _ = split_tail(read_sources(args.data), 0.0)
-    samples, counts = tokenize(rows, AutoTokenizer.from_pretrained(base), args.max_length, args.max_samples)
+    samples, counts = tokenize(rows, load_tokenizer(base), args.max_length, args.max_samples)
+    log.info("calibration data: %s", counts)
     if not counts.used:
-        raise ConfigError(f"{', '.join(args.data)}: no usable calibration sample")
+        raise ConfigError(f"{', '.join(args.data)}: no usable calibration sample ({counts})")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_base(base, torch.bfloat16 if device == "cuda" else torch.float32).to(device).eval()
     similarity = attention_similarity(model, samples["input_ids"])

@@ -22,19 +22,23 @@ from vllm_mod.files import (
     weight_map,
 )
 
+from . import real_model
 from .lora import ADAPTER_DIR
 
 log = logging.getLogger(__name__)
 
 
 def local_model(name: str, routers: bool = False) -> Path:
-    """The directory of a model: `name` itself, or a snapshot from the hub that holds the model's files alone.
+    """The directory of a model: `name` itself, one of `real_model.MODELS`, or a snapshot from the hub.
 
-    Config and index are fetched first, then what the index names. routers: no more than these, their adapter and table.
+    A snapshot holds the model's files alone: config and index are fetched first, then what the index
+    names. routers: no more than these, their adapter and table.
     """
     path = Path(name).expanduser()
     if path.is_dir():
         return path
+    if name in real_model.MODELS and not routers:
+        return real_model.fetch(name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists():
         raise ConfigError(f"{name}: no such directory")
     adapter = [f"{ADAPTER_DIR}/{file}" for file in ADAPTER_FILES]

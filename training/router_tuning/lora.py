@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -86,7 +87,7 @@ def _check_flags(args: RouterArguments, config: ModConfig) -> None:
         raise ConfigError(f"--lora-alpha {args.lora_alpha}: a positive number is needed")
     if not 0 <= args.lora_dropout < 1:
         raise ConfigError(f"--lora-dropout {args.lora_dropout}: a number from 0 to below 1 is needed")
-    if args.lora_learning_rate <= 0:
+    if not 0 < args.lora_learning_rate < math.inf:
         raise ConfigError(f"--lora-learning-rate {args.lora_learning_rate}: a positive number is needed")
     if args.lora_output == "adapter" and config.target == "expert":
         raise ConfigError(f"--lora-output adapter: no adapter is served with {config.granularity}; use merged")

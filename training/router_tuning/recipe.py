@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 
 from vllm_mod.config import ConfigError, Strict
 
-from .converters import CONVERTERS
+from .converters import NAMES
 from .sources import Table, looks_local, read_source
 
 #: More often than that, a source would be trained on by heart.
@@ -36,8 +36,8 @@ class Source(Strict):
     @field_validator("converter")
     @classmethod
     def _known(cls, converter: str) -> str:
-        if converter not in CONVERTERS:
-            raise ValueError(f"one of {', '.join(CONVERTERS)} is needed")
+        if converter not in NAMES:
+            raise ValueError(f"one of {', '.join(NAMES)} is needed")
         return converter
 
     @model_validator(mode="after")

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
-import shutil
+import math
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from accelerate.utils.memory import should_reduce_batch_size
+from transformers import set_seed
 
 from vllm_mod.checkpoint import BaseShape, write_checkpoint
 from vllm_mod.config import ConfigError, ModConfig
 
-from . import card, lora
+from . import card, dry_run, lora, preflight, states
 from .arguments import (
     RouterArguments,
     RouterTrainingArguments,
@@ -26,104 +27,161 @@ from .arguments import (
     make_mod_config,
 )
 from .data import Collator, Counts, check_sources, describe, read_sources, split_tail, tokenize
+from .evaluation import Evaluation
 from .export import base_shape
 from .hub import local_model
+from .interrupt import StopOnInterrupt, ignored
 from .loss import CapacityLoss
 from .model import attach_routers, freeze_base, load_base, routing_of
-from .plot import plot_training
-from .trainer import Evaluation, RouterTrainer, StopOnInterrupt, as_text, summary
+from .plot import PLOT_FILE, plot_training
+from .tokenizer import load_tokenizer
+from .trainer import RouterTrainer, writable
 
 log = logging.getLogger(__name__)
 
 INTERRUPTED = 130
+_SMALLER = (
+    "lower --per-device-train-batch-size (and raise --gradient-accumulation-steps by as much), or --max-length, or use "
+    "--gradient-checkpointing"
+)
 
 
 def run_training(args: RouterArguments, training_args: RouterTrainingArguments, records: dict[str, str]) -> int:
     """Train, write `args.output`; returns the exit code. Everything that can be wrong is checked before the work."""
+    command = records["train_command.txt"].splitlines()[0]
+    run_dir = Path(args.run_dir or args.output.rstrip("/") + ".run")
+    preflight.check_machine(training_args, command)
     check_output(args.output)
+    preflight.check_directories(args.output, run_dir)
+    preflight.check_reports(training_args)
+    preflight.check_schedule(training_args)
     check_sources(args.data)  # before a model is fetched
+    if args.dry_run and _is_main(training_args):
+        dry_run.clear_output(args)
+    state = preflight.last_state(args, run_dir, say=log.warning if _is_main(training_args) else log.debug)
     base = local_model(args.model)
     shape = base_shape(base)
     config = _checked_config(args, shape)
     adapter = lora.adapter_config(args, config, base, shape)
-    run_dir = Path(args.run_dir or args.output.rstrip("/") + ".run")
-    last_state = _last_state(args, run_dir)
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base)
     train_set, eval_set, data_record = _datasets(args, training_args, tokenizer)
+    preflight.check_vocabulary(base, train_set, eval_set)
 
     training_args.output_dir = str(run_dir)
     if training_args.learning_rate is None:
         training_args.learning_rate = default_learning_rate(shape.hidden_size)
-    if training_args.gradient_checkpointing and training_args.gradient_checkpointing_kwargs is None:
-        # Re-entrant checkpoints give no gradient below inputs that need none: exactly our frozen trunk.
-        training_args.gradient_checkpointing_kwargs = {"use_reentrant": False}
+    settings = preflight.settings_of(args, training_args, config, train_set)
+    if state is not None:
+        preflight.check_same(state, settings, training_args.world_size)
     set_seed(training_args.seed)
-    model = load_base(base, torch.bfloat16 if training_args.bf16 else torch.float32)
-    attach_routers(model, config)
-    freeze_base(model)
-    if adapter is not None:
-        lora.attach_adapter(model, adapter)
-
-    stop = StopOnInterrupt()
-    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    trainer = RouterTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_set,
-        eval_dataset=eval_set,
-        data_collator=Collator(pad),
-        callbacks=[stop],
-        capacity=CapacityLoss(args.capacity_loss, args.target_capacity, args.capacity_lambda),  # type: ignore[arg-type]
-        adapter_learning_rate=args.lora_learning_rate if adapter is not None else None,
-    )
-    if last_state is not None:
-        trainer.restore(Path(last_state))
-    with stop.installed():
-        trainer.train(resume_from_checkpoint=last_state)
-    if stop.interrupted:
-        again = shlex.join(["router-tuning", *shlex.split(records["train_command.txt"].splitlines()[0])[1:]])
-        print(f"interrupted; go on with: {again}{'' if args.resume else ' --resume'}", file=sys.stderr)
+    try:
+        model = load_base(base, torch.bfloat16 if training_args.bf16 else torch.float32)
+        attach_routers(model, config)
+        freeze_base(model)
+        if adapter is not None:
+            lora.attach_adapter(model, adapter)
+        stop = StopOnInterrupt()
+        pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+        trainer = RouterTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=train_set,
+            eval_dataset=eval_set,
+            data_collator=Collator(pad),
+            callbacks=[stop],
+            capacity=CapacityLoss(args.capacity_loss, args.target_capacity, args.capacity_lambda),  # type: ignore[arg-type]
+            adapter_learning_rate=args.lora_learning_rate if adapter is not None else None,
+            settings=settings,
+        )
+        if args.dry_run:
+            return dry_run.finish(trainer, args, tokenizer, base, config, records)
+        if state is not None:
+            trainer.restore(state)
+        with stop.installed():
+            trainer.train(resume_from_checkpoint=str(state) if state else None)
+        if stop.anywhere(training_args.device):
+            raise KeyboardInterrupt
+        _finish(trainer, args, training_args, Parts(base, config, adapter, records, data_record))
+        return 0
+    except KeyboardInterrupt:
+        if _is_there(args.output):  # all was done but to clear up
+            return 0
+        if states.newest_whole(run_dir)[0] is None:
+            raise
+        if _is_main(training_args):
+            launched = training_args.world_size > 1  # by a command that is not known here
+            again = f"the same launcher and: {command}" if launched else command
+            print(f"interrupted; go on with: {again}{'' if args.resume else ' --resume'}", file=sys.stderr)
         return INTERRUPTED
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        raise ConfigError(f"out of memory: {str(error).split('. ')[0]}; {_SMALLER}") from None
+    finally:
+        if args.run_dir is None and _is_main(training_args):
+            states.remove_if_empty(run_dir)
 
+
+@dataclass(frozen=True)
+class Parts:
+    """What a checkpoint is made of beside its routers."""
+
+    base: Path
+    config: ModConfig
+    #: peft's LoraConfig, or None
+    adapter: Any
+    records: dict[str, str]
+    data: dict[str, Any]
+
+
+def _finish(
+    trainer: RouterTrainer, args: RouterArguments, training_args: RouterTrainingArguments, parts: Parts
+) -> None:
+    """Measure what was trained, and write the checkpoint."""
+    model, run_dir, output = trainer.model, Path(training_args.output_dir or ""), Path(args.output)
     if args.capacity_loss == "controller":  # the paper's way ends with the last step's routers
         trainer.average.apply(routing_of(model).routers)
     routed = trainer.measure()
     with lora.without_adapter(model):
         dense = trainer.measure(threshold=0.0)
-    routers = trainer.final_routers(run_dir / "final")
+    for what, found in (("routed", routed), ("base", dense)):
+        if not math.isfinite(found.loss):
+            raise ConfigError(f"the {what} model's loss on held-out data is {found.loss}; states are in {run_dir}")
+    routers = trainer.final_routers(run_dir / states.FINAL)
     if trainer.is_world_process_zero():
-        records = records | {
-            "training_args.json": as_text(_arguments_record(args, training_args)),
-            "trainer_log.json": as_text(_log_record(trainer, routed, dense, data_record)),
+        records = parts.records | {
+            "training_args.json": _as_text(_arguments_record(args, training_args)),
+            "trainer_log.json": _as_text(_log_record(trainer, routed, dense, parts.data)),
         }
-        with lora.placed(base, run_dir / "final", adapter, args.lora_output) as (source, folders):
-            write_checkpoint(source, args.output, config, routers, records, folders)
-        plot_training(trainer.history, args.target_capacity, Path(args.output))
-        card.write(Path(args.output))
+        with lora.placed(parts.base, run_dir / states.FINAL, parts.adapter, args.lora_output) as (source, folders):
+            write_checkpoint(source, output, parts.config, routers, records, folders)
+            with ignored():
+                with writable(output / PLOT_FILE, "the checkpoint is whole without it"):
+                    plot_training(trainer.history, args.target_capacity, output)
+                card.write(output)
         _report(args, routed, dense, trainer.state.max_steps)
         if args.run_dir is None:
-            shutil.rmtree(run_dir, ignore_errors=True)
+            states.clear(run_dir)
     trainer.accelerator.wait_for_everyone()
-    return 0
 
 
 def _checked_config(args: RouterArguments, shape: BaseShape) -> ModConfig:
     config = make_mod_config(args, shape, target_capacity=args.target_capacity, base_model=args.model.rstrip("/"))
     if config.is_static:
         raise ConfigError(f"{config.granularity} has nothing to train; use `router-tuning export --granularity …`")
-    if not 0 <= args.eval_fraction < 1:
-        raise ConfigError(f"--eval-fraction {args.eval_fraction}: a number from 0 to below 1 is needed")
+    if not 0 < args.eval_fraction < 1:
+        raise ConfigError(f"--eval-fraction {args.eval_fraction:g}: a number above 0 and below 1 is needed")
     return config
 
 
-def _last_state(args: RouterArguments, run_dir: Path) -> str | None:
-    last = get_last_checkpoint(str(run_dir)) if run_dir.is_dir() else None
-    if args.resume and last is None:
-        raise ConfigError(f"{run_dir}: no state to resume from; start without --resume")
-    if not args.resume and last is not None:
-        raise ConfigError(f"{run_dir}: holds an unfinished run; go on with --resume, or remove it")
-    return last
+def _is_main(training_args: RouterTrainingArguments) -> bool:
+    return training_args.process_index == 0
+
+
+def _is_there(output: str) -> bool:
+    """It did not exist, or was empty, when the run began."""
+    return (Path(output) / "config.json").is_file()
 
 
 def _datasets(
@@ -144,6 +202,8 @@ def _datasets(
     for what, found in (("training", counts), ("held-out", eval_counts)):
         if not found.used:
             raise ConfigError(f"{names}: no usable {what} sample ({_why(found)})")
+    if training_args.dataloader_drop_last and not len(train_set) // training_args.train_batch_size:
+        raise ConfigError(f"--dataloader-drop-last: {names}: {len(train_set)} samples do not fill one batch")
     record = {
         "sources": list(args.data),
         "tables": describe(tables),
@@ -174,8 +234,12 @@ def _log_record(trainer: RouterTrainer, routed: Evaluation, dense: Evaluation, d
     }
 
 
+def _as_text(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+
+
 def _report(args: RouterArguments, routed: Evaluation, dense: Evaluation, steps: int) -> None:
-    print(f"kept on held-out data: {routed.mean_kept:.3f} (target {args.target_capacity:g}); {summary(routed)}")
+    print(f"kept on held-out data: {routed.mean_kept:.3f} (target {args.target_capacity:g}); {routed}")
     print(f"perplexity on held-out data: {routed.perplexity:.2f} routed, {dense.perplexity:.2f} dense")
     if args.capacity_loss == "controller" and abs(routed.mean_kept - args.target_capacity) > 0.05:
         # Short runs end before the controller settles: it needs a hundred steps.

@@ -1,23 +1,24 @@
-"""Where rows come from: local files, directories of them, data sets on the hub."""
+"""Where rows come from: local files, directories of them, data sets on the hub; and their way into our own forms."""
 
 from __future__ import annotations
 
-import gzip
-import json
 import logging
-import lzma
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tqdm import tqdm
 
 from vllm_mod.config import ConfigError
 
-from .converters import CONVERTERS
+from .converters import NAMES, converter_of
+from .files import SUFFIXES, arrow_rows, read_directory, read_file
+from .values import Unusable, first_line
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.xz", ".jsonl.xz")
 RECIPE_SUFFIXES = (".yaml", ".yml")
 
 
@@ -28,6 +29,8 @@ class Table(list[dict[str, Any]]):
     portion: float = 1.0
     #: or how many rows
     samples: int | None = None
+    #: fields that say something and are not read -> number of rows
+    not_read: Mapping[str, int] = MappingProxyType({})
 
 
 def read_source(name: str, converter: str = "auto", file: str | None = None) -> dict[str, Table]:
@@ -37,12 +40,9 @@ def read_source(name: str, converter: str = "auto", file: str | None = None) -> 
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.name.endswith(SUFFIXES) and f.is_file())
-        if not files:
-            raise ConfigError(f"{path}: no {', '.join(SUFFIXES)} file in this directory")
-        tables = {str(f): _read_file(f) for f in files}
+        tables = read_directory(path)
     elif path.exists():
-        tables = {str(path): _read_file(path)}
+        tables = {str(path): read_file(path)}
     elif looks_local(name):
         raise ConfigError(f"{path}: no such file or directory")
     else:
@@ -60,62 +60,45 @@ def looks_local(source: str) -> bool:
 
 def _converted(rows: list[dict[str, Any]], name: str, converter: str) -> Table:
     bar = tqdm(rows, desc=Path(name).name, unit="row", leave=False, disable=len(rows) < 20_000)
-    converted = [_convert(row, converter, name) for row in bar]
-    if converted.count(None) == len(rows):
+    not_read: Counter[str] = Counter()
+    table = Table(_convert(row, converter, name, not_read) for row in bar)
+    table.not_read = not_read
+    unread = [row["unusable"][1] for row in table if row.get("unusable", [""])[0] == "unreadable"]
+    if len(unread) == len(rows):
         keys = ", ".join(map(str, rows[0]))
         raise ConfigError(
-            f"{name}: no row has what converter {converter!r} reads; its first row has the keys: {keys or 'none'}; "
-            f"converters: {', '.join(CONVERTERS)}"
+            f"{name}: no row has what converter {converter!r} reads ({unread[0]}); its first row has the keys: "
+            f"{keys or 'none'}; converters: {', '.join(NAMES)}"
         )
-    if unread := converted.count(None):
-        log.warning("%s: %d of %d rows have not what converter %r reads", name, unread, len(rows), converter)
-    return Table(row or {"messages": []} for row in converted)  # counted as a row without an answer
+    if unread:
+        log.warning("%s: %d of %d rows lack what converter %r reads", name, len(unread), len(rows), converter)
+    if not_read:
+        fields = ", ".join(f"{field} ({number})" for field, number in not_read.items())
+        log.warning("%s: fields that are not read (rows that have them): %s", name, fields)
+    return table
 
 
-def _convert(row: dict[str, Any], converter: str, name: str) -> dict[str, Any] | None:
+def _convert(row: dict[str, Any], converter: str, name: str, not_read: Counter[str]) -> dict[str, Any]:
+    """A row that cannot be converted stays, as `{"unusable": [kind, reason]}`, and is counted where rows are taken."""
     try:
-        return CONVERTERS[converter](row)
+        how = converter_of(row, converter)
+        converted = how.convert(row)
+        not_read.update(how.not_read(row))
+        return converted
+    except Unusable as reason:
+        return {"unusable": [reason.kind, reason.reason]}
     except ValueError as error:
         raise ConfigError(f"{name}: a row {error}; say which in a recipe, with `converter`") from None
-    except (KeyError, TypeError, AttributeError):
-        return None
+    except (KeyError, TypeError, AttributeError) as error:
+        return {"unusable": ["unreadable", f"no {error}" if isinstance(error, KeyError) else "another structure"]}
 
 
 def _read_hub(name: str, file: str | None) -> list[dict[str, Any]]:
     from datasets import load_dataset
 
     try:
-        return list(load_dataset(name, data_files=file, split="train"))
+        return arrow_rows(load_dataset(name, data_files=file, split="train"))
     except Exception as error:  # anything from the network to a broken script
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{name}: neither a local file nor a readable dataset on the hub: {reason}") from None
-
-
-def _read_file(path: Path) -> list[dict[str, Any]]:
-    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    if path.name.removesuffix(path.suffix if path.suffix in (".gz", ".xz") else "").endswith(".json"):
-        try:
-            rows = json.loads(text) if text.strip() else []
-        except json.JSONDecodeError:
-            rows = _read_lines(text, path)  # many a .json file holds one object per line
-    else:
-        rows = _read_lines(text, path)
-    if not isinstance(rows, list) or any(not isinstance(row, dict) for row in rows):
-        raise ConfigError(f"{path}: a list of JSON objects is needed")
-    return rows
-
-
-def _read_lines(text: str, path: Path) -> list[Any]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{path}: line {number} is not JSON: {error.msg}") from None
-    return rows
+        raise ConfigError(
+            f"{name}: neither a local file nor a readable dataset on the hub: {first_line(error)}"
+        ) from None

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import signal
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -21,48 +19,17 @@ from transformers import Trainer, TrainerCallback
 from vllm_mod.checkpoint import ROUTERS_FILE, router_name
 from vllm_mod.config import ConfigError
 
-from . import lora
-from .average import TailAverage
-from .data import IGNORED
+from . import lora, states
+from .average import TailAverage, local
+from .evaluation import Evaluation, measure
+from .interrupt import IgnoredInWorkers, deferred
 from .loss import CapacityLoss
 from .model import routing, routing_of
 
-_STATE_FILE = "capacity.json"
+STATE_FILE = "capacity.json"
 _AVERAGE_FILE = "average.{}.safetensors"  # one per process
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Held-out results. `kept`: ratio per routed layer."""
-
-    loss: float
-    kept: dict[int, float]
-    #: Per routed layer, where experts are routed: how often each was kept, and selected at all; float64 `[2, experts]`.
-    experts: dict[int, Tensor] = field(default_factory=dict)
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
-
-    @property
-    def mean_kept(self) -> float:
-        return sum(self.kept.values()) / len(self.kept) if self.kept else 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        data: dict[str, Any] = {
-            "loss": self.loss,
-            "perplexity": self.perplexity,
-            "kept": self.mean_kept,
-            "kept_per_layer": {str(layer): ratio for layer, ratio in self.kept.items()},
-        }
-        if self.experts:
-            counts = {str(layer): counts.tolist() for layer, counts in self.experts.items()}
-            data["kept_per_expert"] = {
-                layer: [k / s if s else None for k, s in zip(kept, selected, strict=True)]
-                for layer, (kept, selected) in counts.items()
-            }
-            data["selected_per_expert"] = {layer: [int(n) for n in selected] for layer, (_, selected) in counts.items()}
-        return data
+#: Overflows in a row after which a smaller loss scale will not help: from 2^16 it has fallen below 2^-4.
+MOST_OVERFLOWS = 20
 
 
 class RouterTrainer(Trainer):
@@ -71,12 +38,19 @@ class RouterTrainer(Trainer):
     control: Any
 
     def __init__(
-        self, *args: Any, capacity: CapacityLoss, adapter_learning_rate: float | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        capacity: CapacityLoss,
+        adapter_learning_rate: float | None = None,
+        settings: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.capacity = capacity
         #: None: there is no adapter, see `lora`.
         self.adapter_learning_rate = adapter_learning_rate
+        #: Saved with each state: what a run that resumes from it must have in common.
+        self.settings = settings or {}
         self.average = TailAverage()
         #: One entry per optimizer step: kept ratio per layer and lambda. Goes into trainer_log.json.
         self.history: list[dict[str, Any]] = []
@@ -85,8 +59,15 @@ class RouterTrainer(Trainer):
         #: What keeping is worth in them, and their task loss.
         self._effects: list[Tensor] = []
         self._losses: list[Tensor] = []
+        #: How often more than its task loss counts in the backward pass of a micro-batch: loss scale / micro-batches.
+        self._weight = torch.ones(())
+        self._overflows = 0
         self._logged = 0
-        self.add_callback(_AfterStep(self))
+        #: Where a state is being written; None: none is.
+        self._states_in: Path | None = None
+        if self.args.should_save:  # what a killed run had begun
+            shutil.rmtree(Path(self.args.output_dir) / states.TEMPORARY, ignore_errors=True)
+        self.add_callback(_Steps(self))
 
     # ------------------------------------------------------------ a step
 
@@ -96,11 +77,21 @@ class RouterTrainer(Trainer):
             lora.own_group(optimizer, model or self.model, self.adapter_learning_rate, self.args.weight_decay)
         return optimizer
 
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper has one
+        inner.worker_init_fn = IgnoredInWorkers(inner.worker_init_fn)
+        return loader
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:  # a run may resume from its last step
+            super()._run_epoch(*args, **kwargs)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         prompt_mask = inputs.pop("prompt_mask").to(self.args.device)
         with routing(self.model, prompt_mask) as state:  # backward too: gradient checkpointing decides again
             loss = super().training_step(model, inputs, num_items_in_batch)
-        effect = torch.stack(list(state.effects.values())).square().mean().sqrt()
+        effect = torch.stack(list(state.effects.values())).square().mean().sqrt() / self._weight
         self._effects.append(self.accelerator.reduce(effect, "mean"))
         return loss
 
@@ -117,8 +108,26 @@ class RouterTrainer(Trainer):
         if num_items_in_batch is not None and self.model_accepts_loss_kwargs:
             parts = self.current_gradient_accumulation_steps  # the task loss is scaled already
         self._losses.append(self.accelerator.reduce(loss.detach() * parts, "mean"))
+        loss.register_hook(lambda gradient: self._note_weight(gradient / parts))  # before those of the gates
         loss = loss + penalty / parts
         return (loss, outputs) if return_outputs else loss
+
+    def _note_weight(self, weight: Tensor) -> None:
+        """Whatever stands between loss and backward (accumulation, fp16's loss scale) scales the gates' gradients."""
+        self._weight = weight.detach()
+
+    def before_step(self) -> None:
+        """Raise ConfigError unless what the optimizer will take is finite."""
+        if not torch.stack(self._losses).isfinite().all():  # of all processes
+            self._stop(f"the loss is {float(torch.stack(self._losses).sum())}")
+        finite = self._all_finite([p.grad for p in self._trained()])
+        if not finite and self.accelerator.scaler is None:
+            self._stop("a gradient is not finite")
+        # In fp16 that is nothing unusual: the loss scale is lowered and the step left out. (accelerate's own
+        # `optimizer_step_was_skipped` is never true of a fused optimizer.)
+        self._overflows = 0 if finite else self._overflows + 1
+        if self._overflows == MOST_OVERFLOWS:
+            self._stop(f"{MOST_OVERFLOWS} steps in a row overflowed in fp16")
 
     def after_step(self) -> None:
         """Let the controller answer to what this step kept."""
@@ -126,19 +135,41 @@ class RouterTrainer(Trainer):
             return
         kept = torch.stack(self._measured).mean(0).tolist()
         # The task loss is normalised over all micro-batches, kept ratios over each.
-        effect = float(torch.stack(self._effects).sum())
+        effect = float(torch.stack(self._effects).mean())
         loss = float(torch.stack(self._losses).mean())
         for noted in (self._measured, self._effects, self._losses):
             noted.clear()
-        mean = sum(kept) / len(kept)
-        self.capacity.step(mean, effect, self._learning_rate_share())
         state = routing_of(self.model)
-        self.average.update(state.routers, self.state.global_step / max(self.state.max_steps, 1))
+        if not self._overflows and math.isfinite(effect):
+            if not self._all_finite(self._trained()):
+                self._stop("a trained weight is not finite")
+            self.capacity.step(sum(kept) / len(kept), effect, self._learning_rate_share())
+            self.average.update(state.routers, self.state.global_step / max(self.state.max_steps, 1))
         self.history.append(
-            {"step": self.state.global_step, "loss": loss, "kept": mean}
+            {"step": self.state.global_step, "loss": loss, "kept": sum(kept) / len(kept)}
             | {"lambda": self.capacity.weight, "scale": self.capacity.scale}
             | {"kept_per_layer": dict(zip(map(str, state.config.layers), kept, strict=True))}
         )
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _all_finite(self, tensors: Sequence[Tensor | None]) -> bool:
+        """In all processes; one that is not there counts as finite."""
+        faults = [(~local(t.detach()).isfinite()).any() for t in tensors if t is not None]
+        found = torch.stack(faults).any() if faults else torch.zeros((), device=self.args.device)
+        return not self.accelerator.reduce(found.float(), "sum")
+
+    def _stop(self, fault: str) -> NoReturn:
+        """End a run that can only get worse, in one line."""
+        step, rates = len(self.history) + 1, f"a --learning-rate below {self.args.learning_rate:g}"
+        if self.adapter_learning_rate is not None:
+            rates += f" or a --lora-learning-rate below {self.adapter_learning_rate:g}"
+        if step == 1:
+            rates = "--bf16 false; nothing was trained yet, so look at the base model's weights, too"
+        state, _ = states.newest_whole(Path(self.args.output_dir))
+        left = f"the last good state is {state}" if state else "no state had been written"
+        raise ConfigError(f"step {step}: {fault}, so training was stopped; try {rates}; {left}")
 
     def _learning_rate_share(self) -> float:
         """This step's part of the run's learning: what the schedule gives it, about 1 / steps on average."""
@@ -156,36 +187,18 @@ class RouterTrainer(Trainer):
 
     # ------------------------------------------------------------ held-out data
 
-    @torch.no_grad()
     def measure(self, threshold: float | None = None) -> Evaluation:
         """Loss per supervised token and kept ratios on the held-out data; `threshold` overrides all (0: dense)."""
         state = routing_of(self.model)
-        config = state.config
-        model = self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model
-        was_training = model.training
-        totals = torch.zeros(2 + 2 * len(config.layers), dtype=torch.float64, device=self.args.device)
-        experts: dict[int, Tensor] = {}
+        config, was_training = state.config, self.model.training
         if threshold is not None:
             state.config = config.with_threshold(threshold)
-        model.eval()
+        self.model.eval()
         try:
-            for batch in self.get_eval_dataloader():
-                inputs = self._prepare_inputs(batch)
-                supervised = int((inputs["labels"][:, 1:] != IGNORED).sum())
-                with routing(model, inputs.pop("prompt_mask")) as state, self.compute_loss_context_manager():
-                    loss = model(**inputs).loss
-                pairs = state.counts()
-                row = [float(loss) * supervised, supervised, *(n for layer in config.layers for n in pairs[layer])]
-                totals += torch.tensor(row, dtype=torch.float64, device=totals.device)
-                for layer, counts in state.expert_counts().items():
-                    experts[layer] = experts.get(layer, 0) + counts
+            return measure(self)
         finally:
             state.config = config
-            model.train(was_training)
-        values = self.accelerator.reduce(totals, "sum").tolist()
-        kept = {layer: values[2 + 2 * i] / values[3 + 2 * i] for i, layer in enumerate(config.layers)}
-        experts = {layer: self.accelerator.reduce(counts, "sum").cpu() for layer, counts in experts.items()}
-        return Evaluation(values[0] / values[1], kept, experts)
+            self.model.train(was_training)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         result = self.measure()
@@ -196,6 +209,30 @@ class RouterTrainer(Trainer):
         return metrics
 
     # ------------------------------------------------------------ states
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A state in the run directory, whole or not at all: see `states`."""
+        run_dir, step = Path(self.args.output_dir), self.state.global_step
+        temporary = run_dir / states.TEMPORARY / states.path_of(run_dir, step).name
+        before = "states before it are as they were: make room, then --resume"
+        self._states_in = temporary.parent
+        try:
+            with writable(states.path_of(run_dir, step), before if states.found_in(run_dir) else "make room"):
+                super()._save_checkpoint(model, trial)
+                save_file(self.average.state_dict(), temporary / _AVERAGE_FILE.format(self.args.process_index))
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    with deferred():
+                        states.publish(temporary, states.path_of(run_dir, step), self.args.world_size)
+                    states.prune(run_dir, step, self.args.save_total_limit)
+                self.accelerator.wait_for_everyone()
+        finally:
+            self._states_in = None
+            if self.args.should_save:
+                shutil.rmtree(temporary.parent, ignore_errors=True)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._states_in or super()._get_output_dir(trial))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Routers, adapter and controller only. `state_dict` is the gathered one where parameters are sharded."""
@@ -211,17 +248,14 @@ class RouterTrainer(Trainer):
         save_file(tensors, directory / ROUTERS_FILE, metadata={"format": "pt"})
         if self.adapter_learning_rate is not None:
             save_file(lora.adapter_tensors(self.model, state_dict), directory / lora.ADAPTER_FILE)
-        state = {"capacity": self.capacity.state_dict(), "history": self.history}
-        (directory / _STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
-
-    def save_average(self, directory: Path) -> None:
-        save_file(self.average.state_dict(), directory / _AVERAGE_FILE.format(self.args.process_index))
+        state = {"capacity": self.capacity.state_dict(), "history": self.history, "settings": self.settings}
+        (directory / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
     def restore(self, directory: Path) -> None:
         """Routers and controller of a saved state. Call it before `train`, while no parameter is sharded yet."""
         try:
             tensors = load_file(directory / ROUTERS_FILE)
-            state = json.loads((directory / _STATE_FILE).read_text(encoding="utf-8"))
+            state = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
             for layer, router in routing_of(self.model).routers.items():
                 router.weight.data.copy_(tensors[router_name(layer)])
             if self.adapter_learning_rate is not None:
@@ -238,52 +272,28 @@ class RouterTrainer(Trainer):
 
     def final_routers(self, directory: Path) -> dict[int, Tensor]:
         """Router weights on the CPU, gathered from all processes; `directory` holds them, and the adapter's file."""
-        self.save_model(str(directory))
+        with writable(directory, "the last state is as it was: make room, then --resume"):
+            self.save_model(str(directory))
         self.accelerator.wait_for_everyone()
         tensors = load_file(directory / ROUTERS_FILE)
         return {layer: tensors[router_name(layer)] for layer in routing_of(self.model).routers}
 
 
-class _AfterStep(TrainerCallback):
+@contextlib.contextmanager
+def writable(path: Path, advice: str) -> Iterator[None]:
+    """Turn what a full or failing disk raises (torch and safetensors have exceptions of their own) into ConfigError."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"{path}: cannot be written: {' '.join(str(error).split())}; {advice}") from error
+
+
+class _Steps(TrainerCallback):
     def __init__(self, trainer: RouterTrainer) -> None:
         self.trainer = trainer
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.before_step()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.after_step()
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.save_average(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-
-class StopOnInterrupt(TrainerCallback):
-    """Ctrl-C finishes the step, saves the state and stops; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.interrupted = False
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.interrupted:
-            control.should_save = True
-            control.should_training_stop = True
-
-    @contextlib.contextmanager
-    def installed(self) -> Iterator[None]:
-        def stop(number: int, frame: FrameType | None) -> None:
-            if self.interrupted:
-                raise KeyboardInterrupt
-            self.interrupted = True
-
-        before = signal.signal(signal.SIGINT, stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-
-def summary(evaluation: Evaluation) -> str:
-    """`5: 0.42  6: 0.61 …`"""
-    return "  ".join(f"{layer}: {ratio:.2f}" for layer, ratio in evaluation.kept.items())
-
-
-def as_text(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, indent=2, ensure_ascii=False) + "\n"

@@ -10,8 +10,7 @@ runs. Its pages travel in the step's message (see `messages`), as many as are ne
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from operator import attrgetter
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from .messages import NewPages, Scored, Start, StepMessage
+from .pool import PagePool
 from .prefix import PrefixCache
 from .tracked import OwnedHashes, Tracked
 
@@ -45,8 +45,10 @@ class PageManager(FullAttentionManager):
         routed = kv_cache_spec.routed
         #: the column that every request has pages in
         self._lead = next((c for c in range(self._width) if c not in routed), 0)
-        self._routed = routed
+        self._others = [c for c in range(self._width) if c != self._lead]
+        self._skippable = [(i, column) for i, column in enumerate(routed) if column not in (-1, self._lead)]
         self._window = 0
+        self.pages = PagePool(self.block_pool)
         self.prefix = self._prefix_cache()
         self._live: dict[str, Tracked] = {}
         self._by_serial: dict[int, Tracked] = {}
@@ -65,7 +67,7 @@ class PageManager(FullAttentionManager):
         self.reports_ignored = 0  #: they were of requests that have ended
 
     def _prefix_cache(self) -> PrefixCache:
-        return PrefixCache(self.block_pool, self.block_size, self._window, self._width, self._lead, self._routed)
+        return PrefixCache(self.block_pool, self.pages, self.block_size, self._window, self._width, self._lead)
 
     @property
     def bytes_held(self) -> int:
@@ -83,7 +85,7 @@ class PageManager(FullAttentionManager):
         """A request has arrived. cutoffs: float64 `[R]`; dial: what they come from, if not from the checkpoint."""
         prompt = request.num_prompt_tokens
         window_end = (min(self._window, prompt) if self._window else prompt) if len(cutoffs) else 0
-        tracked = self._live[request.request_id] = Tracked(request, prompt, window_end, cutoffs, dial)
+        tracked = self._live[request.request_id] = Tracked(request, prompt, window_end, cutoffs, dial, self._skippable)
         request.block_hashes = OwnedHashes(request.block_hashes)
         request.block_hashes.owner = tracked
         return tracked
@@ -115,7 +117,7 @@ class PageManager(FullAttentionManager):
         self._admit(owner)
         longest = min(max_length // self.block_size, len(block_hashes))
         found = self.prefix.find(owner, block_hashes, longest)
-        return ([cached.pages[self._lead] for cached in found],), len(found) * self.block_size
+        return ([cached.lead for cached in found],), len(found) * self.block_size
 
     def _admit(self, tracked: Tracked) -> None:
         if not tracked.admitted:
@@ -126,28 +128,27 @@ class PageManager(FullAttentionManager):
         self, request_id: str, num_tokens: int, new_computed_blocks: Sequence[KVCacheBlock] = (), *_: Any, **__: Any
     ) -> int:
         tracked = self._live[request_id]
-        first, last = tracked.blocks, cdiv(num_tokens, self.block_size)
-        evictable = 0
-        if new_computed_blocks:
-            first = len(new_computed_blocks)
-            pages = self._found_pages(tracked, new_computed_blocks)
-            evictable = self._get_num_evictable_blocks(list(itertools.chain(*pages)))
-        return evictable + self._pages(tracked, first, last)
+        last = cdiv(num_tokens, self.block_size)
+        if not new_computed_blocks:
+            return self._number_of_pages(tracked, tracked.blocks, last)
+        leads = list(new_computed_blocks)
+        others = itertools.chain(*self._found_pages(tracked, leads, self._others))
+        evictable = self._get_num_evictable_blocks(leads) + self.pages.number_free(page for page in others if page)
+        return evictable + self._number_of_pages(tracked, len(leads), last)
 
-    def _found_pages(self, tracked: Tracked, leads: Sequence[KVCacheBlock]) -> list[list[KVCacheBlock]]:
-        """`[G][token blocks]`: the pages that the request takes over, the null page where it needs none."""
-        needed, null = self.prefix.needed(tracked, len(leads)), self._null_block
-        cached = [self.prefix.of(lead) for lead in leads]
-        return [
-            [c.pages[column] or null for c in cached] if column in needed else [null] * len(cached)
-            for column in range(self._width)
-        ]
+    def _found_pages(
+        self, tracked: Tracked, leads: Sequence[KVCacheBlock], columns: Sequence[int]
+    ) -> list[list[int]]:  # fmt: skip
+        """`[columns][token blocks]`: the pages that the request takes over, 0 where it needs none."""
+        needed, cached = self.prefix.needed(tracked, len(leads)), [self.prefix.of(lead) for lead in leads]
+        return [[c.pages[k] for c in cached] if k in needed else [0] * len(cached) for k in columns]
 
-    def _pages(self, tracked: Tracked, first: int, last: int) -> int:
-        """Pages that token blocks `first` to `last` (exclusive) take; all layers' where a window reaches into them."""
+    def _number_of_pages(self, tracked: Tracked, first: int, last: int) -> int:
+        """Of token blocks `first` to `last` (exclusive); all layers' where a window reaches into them."""
+        if last <= first:
+            return 0
         dense = min(self._dense_blocks(tracked), last)
-        rest = max(last - max(first, dense), 0)
-        return max(dense - first, 0) * self._width + rest * (self._width - len(self.prefix.skipped(tracked)))
+        return (last - first) * self._width - max(last - max(first, dense), 0) * len(tracked.skipped)
 
     def _dense_blocks(self, tracked: Tracked) -> int:
         """Token blocks with tokens of its window; every layer runs on these where there is a window at all."""
@@ -156,17 +157,23 @@ class PageManager(FullAttentionManager):
     def add_local_computed_blocks(
         self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *_: Any, **__: Any
     ) -> None:
-        tracked = self._live[request_id]
         if not new_computed_blocks:
             return
+        tracked, leads = self._live[request_id], list(new_computed_blocks)
         assert not tracked.blocks
-        tracked.columns = self._found_pages(tracked, new_computed_blocks)
-        tracked.found = tracked.offered = len(new_computed_blocks)
-        tracked.found_sums = self._found_sums(tracked, new_computed_blocks)
-        self.block_pool.touch([page for page in itertools.chain(*tracked.columns) if not page.is_null])
-        self.token_slots += tracked.found * self.block_size
+        tracked.leads, tracked.columns = leads, self._found_pages(tracked, leads, range(self._width))
+        tracked.found = tracked.offered = len(leads)
+        tracked.found_sums = self._found_sums(tracked, leads)
+        self.block_pool.touch(leads)
+        self.pages.hold(self._pages_of(tracked, self._others))
+        self.token_slots += len(leads) * self.block_size
         self._grown[request_id] = tracked
         self._take_slot(request_id, tracked)
+
+    def _pages_of(self, tracked: Tracked, columns: Iterable[int]) -> list[int]:
+        """Its last token block first: so far behind, a prefix is least likely to be asked for again."""
+        blocks = zip(*(reversed(tracked.columns[column]) for column in columns if tracked.columns), strict=True)
+        return [page for block in blocks for page in block if page]
 
     def _found_sums(self, tracked: Tracked, leads: Sequence[KVCacheBlock]) -> np.ndarray | None:
         """What the tokens of its window among the found ones have scored."""
@@ -190,16 +197,19 @@ class PageManager(FullAttentionManager):
     def _grow(self, tracked: Tracked, first: int, last: int) -> None:
         if not tracked.columns:
             tracked.columns = [[] for _ in range(self._width)]
-        pages = self.block_pool.get_new_blocks(self._pages(tracked, first, last))
-        if last - first >= _SORTED_FROM:
-            pages.sort(key=attrgetter("block_id"))
-        skipped = self.prefix.skipped(tracked)
-        dense = min(max(self._dense_blocks(tracked) - first, 0), last - first)
+        number = last - first
+        tracked.leads += (leads := self.pages.leads(number))
+        pages = self.pages.take(self._number_of_pages(tracked, first, last) - number)
+        if number >= _SORTED_FROM:
+            pages.sort()
+        tracked.columns[self._lead] += [lead.block_id for lead in leads]
+        dense = min(max(self._dense_blocks(tracked) - first, 0), number)
         start = 0
-        for column, held in enumerate(tracked.columns):
-            count = dense if column in skipped else last - first
-            held += pages[start : start + count]
-            held += [self._null_block] * (last - first - count)
+        for column in self._others:
+            count = dense if column in tracked.skipped else number
+            tracked.columns[column] += pages[start : start + count]
+            if count < number:
+                tracked.columns[column] += [0] * (number - count)
             start += count
 
     def _take_slot(self, request_id: str, tracked: Tracked) -> list[KVCacheBlock]:
@@ -219,19 +229,19 @@ class PageManager(FullAttentionManager):
 
     def cache_blocks(self, request: Any, *_: Any, **__: Any) -> None:
         """vLLM calls it for every request that it schedules, if prefix caching is on."""
-        tracked = self._live[request.request_id]
-        self.prefix.offer(tracked)
-        self._note_cached(tracked)
+        self._offer(self._live[request.request_id])
 
-    def _note_cached(self, tracked: Tracked) -> None:
-        """vLLM reads from the blocks of a row how many tokens a request has left in the cache."""
-        if tracked.slot is not None and tracked.offered:
+    def _offer(self, tracked: Tracked) -> None:
+        offered = tracked.offered
+        self.prefix.offer(tracked)
+        if tracked.slot is not None and tracked.offered > offered:
+            # vLLM reads from the blocks of a row how many tokens a request has left in the cache.
             tracked.slot.reset_hash()
-            lead = tracked.columns[self._lead][tracked.offered - 1]
+            lead = tracked.leads[tracked.offered - 1]
             tracked.slot.set_block_hash(lead.block_hash, tracked.offered * self.block_size)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        """All pages of a request that has ended, or is preempted; its first token block first."""
+        """A request has ended, or is preempted. Gives its pages back itself: nothing is left to vLLM."""
         super().pop_blocks_for_free(request_id)
         self._starting.pop(request_id, None)
         self._grown.pop(request_id, None)
@@ -246,12 +256,12 @@ class PageManager(FullAttentionManager):
             self._free_slots.append(tracked.slot)
             self._freed_slots.append(tracked.slot.block_id)
         self.token_slots -= tracked.blocks * self.block_size
-        pages = [page for block in zip(*tracked.columns, strict=True) for page in block if not page.is_null]
+        self.pages.release(self._pages_of(tracked, range(self._width)))
         tracked.let_go()
         if tracked.closed:
             del self._live[request_id]
             self._drop_if_done(tracked)
-        return pages
+        return []
 
     def _drop_if_done(self, tracked: Tracked) -> None:
         """Forget a request that has ended, if nothing more will be heard of it."""
@@ -292,17 +302,12 @@ class PageManager(FullAttentionManager):
         if not grown:
             return NewPages.none(self._width)
         counts = [tracked.blocks - tracked.told for tracked in grown]
-        pages = np.empty((sum(counts), self._width), np.int32)
-        start = 0
-        for tracked, count in zip(grown, counts, strict=True):
-            for column, held in enumerate(tracked.columns):
-                pages[start : start + count, column] = [page.block_id for page in held[tracked.told :]]
-            start += count
+        pages = [np.array([column[t.told :] for column in t.columns], np.int32) for t in grown]
         result = NewPages(
             np.array([t.slot.block_id for t in grown], np.int64),  # type: ignore[union-attr]
             np.array([t.told for t in grown], np.int64),
             np.array(counts, np.int64),
-            pages,
+            np.concatenate(pages, axis=1).T,
         )
         for tracked in grown:
             tracked.told = tracked.blocks
@@ -319,24 +324,22 @@ class PageManager(FullAttentionManager):
         if scored.keep is not None:
             if tracked.keep is not None and not np.array_equal(tracked.keep, scored.keep):
                 raise RuntimeError(f"request {tracked.request.request_id}: its routing decision changed")
-            tracked.keep, tracked.deciding = scored.keep, False
+            tracked.decide(scored.keep)
+            tracked.deciding = False
         self.prefix.heard(tracked)
-        if serial != tracked.serial or not tracked.columns:  # it has ended, or was preempted and perhaps goes on
+        if serial != tracked.serial or not tracked.leads:  # it has ended, or was preempted and perhaps goes on
             self._drop_if_done(tracked)
             return
         if scored.keep is not None:
             if self.enable_caching:
-                self.prefix.offer(tracked)
-                self._note_cached(tracked)
+                self._offer(tracked)
                 tracked.certain = tracked.offered
             self._release(tracked)
 
     def _release(self, tracked: Tracked) -> None:
         """Give the pages of skipped layers back: its window is complete."""
-        freed: list[KVCacheBlock] = []
-        for column in self.prefix.skipped(tracked):
-            held = tracked.columns[column]
-            freed += [page for page in held if not page.is_null]
-            held[:] = [self._null_block] * len(held)
-        self.block_pool.free_blocks(freed)
+        freed = self._pages_of(tracked, tracked.skipped)
+        for column in tracked.skipped:
+            tracked.columns[column] = [0] * tracked.blocks
+        self.pages.release(freed)
         self.pages_released += len(freed)

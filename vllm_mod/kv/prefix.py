@@ -1,9 +1,8 @@
 """Prefix caching of routed requests: pages per (layer, token block) that later requests find again.
 
 What a token's KV holds depends on the tokens before it, and beyond the window on the decisions, too. So a token block
-is known by its hash, and one that reaches beyond the window by its decisions and its hash. vLLM's pool keeps one page
-of a block, its *lead*, under that key; the block's other pages carry the same key object. The pool takes it from a page
-that it hands to somebody else, so a page that was lost is noticed.
+is known by its hash, and one that reaches beyond the window by its decisions and its hash. vLLM's pool has one page of
+a block, its lead, under that key; the block's other pages may be lost to other requests, and are remembered as lost.
 
 A block in the window has the sums of `w . x` up to its end with it: a request that finds it goes on from there, and
 one that finds the whole window knows its decisions before it is prefilled.
@@ -13,7 +12,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from ..gate import keeps
+from .pool import PagePool
 from .tracked import Tracked
 
 
@@ -30,39 +29,37 @@ def decisions(sums: np.ndarray, count: int, cutoffs: np.ndarray) -> np.ndarray:
     return keeps(torch.from_numpy(sums / count), torch.from_numpy(cutoffs)).numpy()
 
 
-@dataclass(eq=False)
 class CachedBlock:
-    """The pages of one token block, one per column; None where its decisions skip a layer."""
+    """The pages of one token block, one per column: 0 where its decisions skip a layer."""
 
-    key: Any
-    pages: list[KVCacheBlock | None]
-    #: float64 `[R]`: of `w . x` up to the end of the block or the window. None until it is heard, and behind that
-    sums: np.ndarray | None
+    __slots__ = ("key", "lead", "lost", "pages", "sums")
+
+    def __init__(self, lead: KVCacheBlock, pages: list[int], sums: np.ndarray | None) -> None:
+        """sums: float64 `[R]`, of `w . x` up to the end of the block or window. None until heard, and behind that."""
+        self.lead, self.key, self.pages, self.sums = lead, lead.block_hash, pages, sums
+        self.lost: set[int] = set()  #: pages that other requests have now
+
+    @property
+    def is_there(self) -> bool:
+        """vLLM's pool takes the key from a lead that it hands to somebody else."""
+        return self.lead.block_hash is self.key
 
     def has(self, columns: Sequence[int]) -> bool:
-        """Are the pages of these columns still its own, those that it had?"""
-        return all((page := self.pages[c]) is None or page.block_hash is self.key for c in columns)
+        return not self.lost or not any(self.pages[column] in self.lost for column in columns)
 
 
 class PrefixCache:
     def __init__(
-        self, pool: BlockPool, block_size: int, window: int, columns: int, lead: int, routed: Sequence[int]
-    ) -> None:
-        """window: `W`. lead: the page column that no request skips. routed: page column of each routed layer, or -1."""
-        self._pool, self._size, self._window = pool, block_size, window
-        self._all, self._lead = range(columns), lead
-        self._routed = [(i, column) for i, column in enumerate(routed) if column not in (-1, lead)]
+        self, pool: BlockPool, pages: PagePool, block_size: int, window: int, columns: int, lead: int,
+    ) -> None:  # fmt: skip
+        """window: `W`. lead: the page column that no request skips."""
+        self._pool, self._pages, self._size, self._window = pool, pages, block_size, window
+        self._all, self._others = range(columns), [c for c in range(columns) if c != lead]
         self._by_lead: dict[int, CachedBlock] = {}
         #: hash of the block with the window's last token -> the block
         self._window_ends: dict[bytes, CachedBlock] = {}
         #: hashes of blocks behind a window that are being computed by requests whose decisions are not known yet
         self._undecided: Counter[bytes] = Counter()
-
-    def skipped(self, tracked: Tracked) -> list[int]:
-        """Page columns that the request takes no pages in behind its window; none before it is decided."""
-        if tracked.keep is None:
-            return []
-        return [column for i, column in self._routed if not tracked.keep[i]]
 
     # ---- finding
 
@@ -97,7 +94,7 @@ class PrefixCache:
     def _at(self, key: bytes) -> CachedBlock | None:
         blocks = self._pool.get_cached_block(key, [0])
         cached = self._by_lead.get(blocks[0].block_id) if blocks else None
-        return cached if cached is not None and cached.has([self._lead]) else None
+        return cached if cached is not None and cached.is_there else None
 
     def _decide(self, tracked: Tracked, hashes: Sequence[Any], found: list[CachedBlock]) -> bool:
         """Are its decisions known? They are taken here if all tokens of its window are cached, with their scores."""
@@ -109,13 +106,13 @@ class PrefixCache:
         cached = found[last] if last < len(found) else self._window_ends.get(hashes[last])
         if cached is None:
             return False
-        if not cached.has([self._lead]):
+        if not cached.is_there:
             del self._window_ends[hashes[last]]
             return False
         if cached.sums is None:
             tracked.waits = True
             return False
-        tracked.keep = decisions(cached.sums, self._window, tracked.cutoffs)
+        tracked.decide(decisions(cached.sums, self._window, tracked.cutoffs))
         return True
 
     def _usable(self, tracked: Tracked, found: list[CachedBlock]) -> list[CachedBlock]:
@@ -129,8 +126,7 @@ class PrefixCache:
     def needed(self, tracked: Tracked, blocks: int) -> Sequence[int]:
         """Page columns of the cached blocks that a request goes on from, if it begins with so many of them."""
         complete = tracked.keep is not None and blocks * self._size >= tracked.window_end
-        skipped = self.skipped(tracked) if complete else ()
-        return [c for c in self._all if c not in skipped]
+        return [c for c in self._all if c not in tracked.skipped] if complete and tracked.skipped else self._all
 
     def of(self, lead: KVCacheBlock) -> CachedBlock:
         """The block that `find` has just found."""
@@ -143,7 +139,10 @@ class PrefixCache:
 
         In the window at once; what they score is filled in when it is heard. Behind it as soon as it is decided.
         """
-        hashes, size = tracked.request.block_hashes, self._size
+        size = self._size
+        if tracked.scheduled // size <= tracked.offered:
+            return
+        hashes = tracked.request.block_hashes
         # Behind a prompt that is shorter than the window, another request's prompt would run dense.
         last = len(hashes) if tracked.window_end == self._window else tracked.window_end // size
         end = min(tracked.scheduled // size, last, len(hashes))
@@ -160,21 +159,18 @@ class PrefixCache:
     def _add(self, tracked: Tracked, request: Any, first: int, last: int) -> None:
         if last <= first:
             return
-        leads = tracked.columns[self._lead]
-        self._pool.cache_full_blocks(request, leads, first, last, self._size, 0)
+        self._pool.cache_full_blocks(request, tracked.leads, first, last, self._size, 0)
         window_end = (self._window - 1) // self._size
-        for block in range(first, last):
-            pages = [None if (page := column[block]).is_null else page for column in tracked.columns]
-            lead = leads[block]
-            for page in pages:
-                if page is not None and page is not lead:
-                    page.set_block_hash(lead.block_hash, lead.block_hash_num_tokens)
-            cached = CachedBlock(lead.block_hash, pages, tracked.sums.get(block))
-            self._by_lead[lead.block_id] = cached
-            if block <= window_end and cached.sums is None:
-                tracked.awaited.setdefault(block, []).append(cached)
-            if block == window_end:
-                self._window_ends[tracked.request.block_hashes[block]] = cached
+        new = zip(*(column[first:last] for column in tracked.columns), strict=True)
+        for block, pages in enumerate(new, first):
+            lead = tracked.leads[block]
+            cached = self._by_lead[lead.block_id] = CachedBlock(lead, list(pages), tracked.sums.get(block))
+            self._pages.own(pages, cached)
+            if block <= window_end:
+                if cached.sums is None:
+                    tracked.awaited.setdefault(block, []).append(cached)
+                if block == window_end:
+                    self._window_ends[tracked.request.block_hashes[block]] = cached
         tracked.offered = last
 
     def heard(self, tracked: Tracked) -> None:
@@ -194,7 +190,7 @@ class PrefixCache:
 
     def withdraw(self, tracked: Tracked, first: int) -> None:
         """Its blocks from `first` on will not be computed: it loses its pages before the step begins."""
-        leads = tracked.columns[self._lead][first : tracked.offered]
+        leads = tracked.leads[first : tracked.offered]
         for block, lead in enumerate(leads, first):
             cached = self._by_lead.pop(lead.block_id)
             if block in tracked.awaited:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,8 +29,11 @@ class Tracked:
     window_end: int
     cutoffs: np.ndarray  #: float64 `[R]`
     dial: dict[str, Any] | None = None  #: what they come from, if they are not the checkpoint's
+    #: (routed layer, its page column), of those that give pages back where they are skipped
+    skippable: Sequence[tuple[int, int]] = ()
     #: bool `[R]`; None until it is decided, then frozen
     keep: np.ndarray | None = None
+    skipped: frozenset[int] = frozenset()  #: page columns that it has no pages in behind its window
     #: it has no pages, and its decisions are on their way
     deciding: bool = False
     #: what it needs next is being computed by another request
@@ -43,7 +47,8 @@ class Tracked:
     # Of its present prefill; empty while it waits or is preempted.
     serial: int = 0
     slot: KVCacheBlock | None = None
-    columns: list[list[KVCacheBlock]] = field(default_factory=list)  #: pages `[G][token blocks]`
+    leads: list[KVCacheBlock] = field(default_factory=list)  #: of its token blocks, see `pool`
+    columns: list[list[int]] = field(default_factory=list)  #: all pages `[G][token blocks]`; 0 where a layer is skipped
     found: int = 0  #: token blocks of the prefix cache that it began with
     found_sums: np.ndarray | None = None  #: their scores
     told: int = 0  #: token blocks whose pages workers know
@@ -57,11 +62,16 @@ class Tracked:
     @property
     def blocks(self) -> int:
         """Token blocks that it has pages for."""
-        return len(self.columns[0]) if self.columns else 0
+        return len(self.leads)
+
+    def decide(self, keep: np.ndarray) -> None:
+        """keep: bool `[R]`."""
+        self.keep = keep
+        self.skipped = frozenset(column for layer, column in self.skippable if not keep[layer])
 
     def let_go(self) -> None:
         """It has no pages any more: it has ended, or is preempted."""
         self.deciding = self.keep is None and 0 < self.window_end <= self.dispatched
-        self.slot, self.columns, self.found_sums = None, [], None
+        self.slot, self.leads, self.columns, self.found_sums = None, [], [], None
         self.found = self.told = self.scheduled = self.dispatched = self.offered = self.certain = 0
         self.waits, self.sums = False, {}

@@ -273,7 +273,7 @@ class Simulation:
         for tracked in self.manager._live.values():
             for column in tracked.columns:
                 for page in column:
-                    held[page.block_id] += not page.is_null
+                    held[page] += page > 0
             if tracked.slot is not None:
                 slots.append(tracked.slot.block_id)
         free = {page.block_id for page in pool.free_block_queue.get_all_free_blocks()}

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router_tuning.cli import main
-from router_tuning.converters import CONVERTERS
+from router_tuning.converters import NAMES
 from router_tuning.data import describe, read_sources, split_tail, tokenize
 from router_tuning.recipe import parse_recipe
 from router_tuning.sources import Table
@@ -90,7 +90,8 @@ def test_equal_rows_are_left_out_once_and_counted(tokenizer):
 
 def test_rows_without_content_are_not_each_others_duplicates(tokenizer):
     train, _ = split_tail({"a": [{"messages": []}, {"messages": []}, {}, {"text": "xyz"}]}, 0.0)
-    assert len(train) == 4 and tokenize(train, tokenizer, 10)[1].no_answer == 3
+    counts = tokenize(train, tokenizer, 10)[1]
+    assert len(train) == 4 and (counts.no_answer, counts.unreadable) == (2, 1)
 
 
 @given(st.lists(st.tuples(st.integers(2, 60), st.floats(0.05, 4)), min_size=1, max_size=4), st.integers(0, 5))
@@ -134,7 +135,7 @@ def test_amounts_are_exact_and_held_out_rows_are_nobodys(sizes, seed):
         ("sources: [{data: math}, {data: math}]", r"a\.jsonl is listed twice"),
         (
             "sources: [{data: math, converter: alpaca}]",
-            r"a\.jsonl: no row has .*'alpaca' reads; .*query, response",
+            r"a\.jsonl: no row has .*'alpaca' reads \(no 'instruction'\); .*query, response",
         ),
     ],
 )
@@ -167,11 +168,12 @@ def test_bad_recipes_are_refused_before_a_model_is_fetched(folder, monkeypatch, 
     assert f"error: {path}: sources[0]: key" in capsys.readouterr().err
 
 
-def test_rows_that_a_converter_cannot_read_are_told_and_have_no_answer(folder, tokenizer, caplog):
+def test_rows_that_a_converter_cannot_read_are_told_and_counted(folder, tokenizer, caplog):
     write_lines(folder / "math/a.jsonl", [{"query": "m", "response": "1"}, {"query": "n"}])
     train, _ = split_tail(read_sources([recipe(folder, "sources: [{data: math, converter: metamath}]")]), 0.0)
-    assert "a.jsonl: 1 of 2 rows have not what converter 'metamath' reads" in caplog.text
-    assert tokenize(train, tokenizer, 100)[1].no_answer == 1
+    assert "a.jsonl: 1 of 2 rows lack what converter 'metamath' reads" in caplog.text
+    counts = tokenize(train, tokenizer, 100)[1]
+    assert (counts.unreadable, counts.reasons["unreadable"]) == (1, "no 'response'")
 
 
 def test_a_missing_recipe_is_named(tmp_path):
@@ -182,7 +184,7 @@ def test_a_missing_recipe_is_named(tmp_path):
 @pytest.mark.parametrize("name", ["router_tuning", "alpaca"])
 def test_the_shipped_recipes_are_valid(name):
     sources = parse_recipe(CONFIGS / f"{name}.yaml")
-    assert all(source.converter in CONVERTERS and "/" in source.data for source in sources)
+    assert all(source.converter in NAMES and "/" in source.data for source in sources)
     if name == "router_tuning":
         assert [source.portion for source in sources] == [2.9, 1, 1, 1, 1]
 

@@ -125,7 +125,10 @@ def test_held_out_measures_are_those_of_a_plain_loop(base_dir, data_file, tmp_pa
     config = ModConfig.parse({"version": 1, "granularity": "attn_token", "layers": [1, 2]}, "test")
     attach_routers(model, config, {i: torch.randn(1, 32, generator=torch.Generator().manual_seed(i)) for i in (1, 2)})
     freeze_base(model)
-    arguments = RouterTrainingArguments(output_dir=str(tmp_path), per_device_eval_batch_size=4, use_cpu=True)
+    arguments = RouterTrainingArguments(
+        output_dir=str(tmp_path), per_device_eval_batch_size=4, use_cpu=True, dataloader_drop_last=True
+    )  # of training batches
+    assert len(dataset) % 4
     trainer = RouterTrainer(
         model=model, args=arguments, eval_dataset=dataset, data_collator=Collator(2),
         capacity=CapacityLoss("controller", 0.5),

