@@ -1,7 +1,7 @@
 """The architectures that can be routed, one row each. Serving and training read it: neither vLLM nor torch in here.
 
-A row says in what an architecture differs from Llama, whose decoder layers have `self_attn` and `mlp`, norm the input of
-each, and add what each gives to the residual stream.
+A row says in what an architecture differs from Llama, whose decoder layers have `self_attn` and `mlp`, norm the input
+of each, and add what each gives to the residual stream.
 """
 
 from __future__ import annotations

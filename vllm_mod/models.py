@@ -51,7 +51,9 @@ class MoDModel(nn.Module):
         self.routing = Routing(self.mod_config)
         lora = vllm_config.lora_config
         self.routing.whole_batch_linears = lora is not None
-        _install(layers, self.routing, self.mod_row, vllm_config, shares_rows=lora is not None and lora.fully_sharded_loras)
+        _install(
+            layers, self.routing, self.mod_row, vllm_config, shares_rows=lora is not None and lora.fully_sharded_loras
+        )
         if self.mod_config.keeps_state:
             kv_layers = {route.column: route.kv_layer for route in self.routing.routes}
             routed = [kv_layers.get(column) for column in range(len(self.mod_config.layers))]
@@ -96,7 +98,7 @@ class MoDModel(nn.Module):
             if hasattr(self, name):
                 setattr(self, name, [module for module in getattr(self, name) if module in mine])
         if hasattr(self, "num_moe_layers"):
-            self.num_moe_layers = len(self.moe_layers)
+            self.num_moe_layers = len(self.moe_layers)  # type: ignore[arg-type]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.mod_config.is_static:
@@ -127,7 +129,10 @@ def _router(plan: Plan, dtype: torch.dtype) -> Router:
     """Of one layer, to be loaded."""
     config, shape = plan.config, plan.shape
     rows = 0 if config.is_static else (shape.num_experts or 0) if config.target == "expert" else 1
-    patch = config.patch and Patch(shape.hidden_size, config.patch.rank, dtype, 1 / shape.residual_multiplier)
+    if config.patch is None:
+        return Router(shape.hidden_size, rows, None)
+    # The decoder layer multiplies what it is given; the patch itself is to be added.
+    patch = Patch(shape.hidden_size, config.patch.rank, dtype, scale=1 / shape.residual_multiplier)
     return Router(shape.hidden_size, rows, patch)
 
 

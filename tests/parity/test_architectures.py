@@ -95,7 +95,9 @@ def test_windows_and_patches(tmp_path: Path, model: str, granularity: str, confi
 @pytest.mark.parametrize("model", ["granite", "gemma2"])
 def test_skipping_everything_equals_the_static_checkpoint(tmp_path: Path, model: str) -> None:
     base = _base(tmp_path / "base", model)
-    routed, static = (routed_checkpoint(base, tmp_path / g, g, LAYERS, **PATCHED) for g in ("attn_token", "attn_static"))
+    routed, static = (
+        routed_checkpoint(base, tmp_path / g, g, LAYERS, **PATCHED) for g in ("attn_token", "attn_static")
+    )
     answers = []
     for checkpoint, mod in ((routed, {"force": "skip"}), (static, None)):
         with engine(checkpoint, mod, max_model_len=WINDOW) as llm:

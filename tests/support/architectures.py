@@ -28,8 +28,7 @@ DENSE: dict[str, dict[str, Any]] = {
 }
 #: 8 experts, 2 or 3 of which are selected; layer 0 is dense where the architecture has such layers.
 EXPERTS: dict[str, dict[str, Any]] = {
-    "olmoe": _WIDE
-    | {"num_key_value_heads": 4, "intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2},
+    "olmoe": _WIDE | {"num_key_value_heads": 4, "intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2},
     "deepseek": _WIDE
     | {
         "first_k_dense_replace": 1,

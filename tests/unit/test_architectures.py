@@ -99,7 +99,7 @@ def test_shapes_of_models_with_experts() -> None:
     assert qwen(mlp_only_layers=[0, 5]).dense_layers == (0, 5)
     assert qwen(mlp_only_layers=[1], decoder_sparse_step=2).dense_layers == (0, 1, 2, 4)
     for name in ("OlmoeForCausalLM", "MixtralForCausalLM", "Qwen3MoeForCausalLM", "DeepseekForCausalLM"):
-        with pytest.raises(ConfigError, match="config.json: key '(num|n)_.*experts' is missing"):
+        with pytest.raises(ConfigError, match=r"config\.json: key '(num|n)_.*experts' is missing"):
             shape(name)
 
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.models import edit_json, routed_checkpoint, tiny_llama, tiny_model
-from vllm_mod.checkpoint import ROUTERS_FILE
 from vllm_mod.architectures import ARCHITECTURES
+from vllm_mod.checkpoint import ROUTERS_FILE
 
 LAYERS = [1, 2]
 

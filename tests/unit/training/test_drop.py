@@ -60,7 +60,9 @@ def test_similarity_is_what_dropping_does(tmp_path: Path, name: str, target: str
         """Behind the sublayer of that layer, per sample."""
         seen: list[torch.Tensor] = []
         if target == "attn":
-            hook = getattr(model.model.layers[layer], norm).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+            hook = getattr(model.model.layers[layer], norm).register_forward_pre_hook(
+                lambda _, args: seen.append(args[0])
+            )
         else:
             hook = model.model.layers[layer].register_forward_hook(lambda _, args, output: seen.append(output))
         for sample in samples:
