@@ -47,6 +47,7 @@ class MoDEngineConfig(ChainedHook):
         if vllm_config.model_config.runner_type == "generate" and vllm_config.speculative_config is None:
             check_requests(vllm_config.model_config, plan)
         log_routing(vllm_config, config)
+        warn_of_long_factors(vllm_config.model_config)
 
 
 def check_routers(vllm_config: VllmConfig, config: ModConfig) -> None:
@@ -227,3 +228,18 @@ def log_routing(vllm_config: VllmConfig, config: ModConfig) -> None:
         one = len(set(config.limits)) == 1
         text = str(config.limits[0]) if one else ", ".join(f"{limit:g}" for limit in config.limits)
         logger.info("%s: kept where %s >= %s", config.granularity, score, text)
+
+
+def warn_of_long_factors(model: Any) -> None:
+    """Of longrope: vLLM takes them wherever long requests are admitted, transformers where this one is long."""
+    rope = getattr(model.hf_text_config, "rope_parameters", None) or {}
+    length = getattr(model.hf_text_config, "original_max_position_embeddings", None)
+    length = rope.get("original_max_position_embeddings", length)
+    if rope.get("rope_type") == "longrope" and length and model.max_model_len > length:
+        logger.warning(
+            "max_model_len %d: vLLM takes the rotary factors for more than %d tokens for short requests, too; routers "
+            "trained on shorter samples have seen the others: --max-model-len %d serves what was trained",
+            model.max_model_len,
+            length,
+            length,
+        )

@@ -12,6 +12,7 @@ import torch
 from router_tuning.model import load_base
 from tests.support.architectures import DENSE, EXPERTS, WINDOW
 from tests.support.models import routed_checkpoint, tiny_model
+from vllm_mod.config import ConfigError
 
 from .harness import LOGPROB_TOLERANCE, assert_equals_reference, assert_same, engine, generate, random_prompts
 from .test_decode import static_decode
@@ -46,17 +47,35 @@ CASES = [
     ),
 ]
 EARLIER = ("qwen2", "qwen3", "mistral", "olmoe", "deepseek")
+_LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1 + 0.05 * i for i in range(16)],
+    "long_factor": [1 + 0.3 * i for i in range(16)],
+}
+#: What some published configs have besides.
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("phi3", {"sliding_window": WINDOW}),
+    ("phi3", {"rope_parameters": _LONG, "original_max_position_embeddings": 256}),
+    ("mixtral", {"sliding_window": WINDOW}),
+    ("qwen3_moe", {"use_sliding_window": True, "sliding_window": WINDOW}),
+    ("qwen3_moe", {"mlp_only_layers": [], "decoder_sparse_step": 2, "norm_topk_prob": False}),
+]
+STOCK = [
+    *(pytest.param(m, {}, id=m, marks=pytest.mark.slow if m in EARLIER else ()) for m in SHAPES),
+    *(pytest.param(m, more, id=f"{m}-{'-'.join(more)}", marks=pytest.mark.slow) for m, more in VARIANTS),
+]
 
 
-def _base(path: Path, model: str) -> Path:
-    return tiny_model(path, model, num_hidden_layers=5, **SHAPES[model])
+def _base(path: Path, model: str, **more: Any) -> Path:
+    return tiny_model(path, model, num_hidden_layers=5, **SHAPES[model] | more)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("model", [pytest.param(m, marks=pytest.mark.slow if m in EARLIER else ()) for m in SHAPES])
-def test_stock_vllm_equals_the_unrouted_reference(tmp_path: Path, model: str) -> None:
+@pytest.mark.parametrize(("model", "more"), STOCK)
+def test_stock_vllm_equals_the_unrouted_reference(tmp_path: Path, model: str, more: dict[str, Any]) -> None:
     """Before anything is routed; else routed parity would compare two different models."""
-    base, prompts = _base(tmp_path / "base", model), random_prompts(LENGTHS)
+    base, prompts = _base(tmp_path / "base", model, **more), random_prompts(LENGTHS)
     with engine(base) as llm:
         answers = generate(llm, prompts, 16)
     assert len({token for answer in answers for token in answer.tokens}) > 10  # not one token for ever
@@ -89,6 +108,23 @@ def test_windows_and_patches(tmp_path: Path, model: str, granularity: str, confi
         other = routed_checkpoint(tmp_path / "base", tmp_path / "without", granularity, LAYERS, **without)
         with pytest.raises(AssertionError):  # the patch is no small thing
             assert_equals_reference(other, prompts, answers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("granularity", ["attn_token", "block_token"])
+@pytest.mark.parametrize("model", ["gemma2", "gemma3_text"])
+def test_packed_kv_of_layers_that_see_everything_beside_sliding_ones(
+    tmp_path: Path, model: str, granularity: str
+) -> None:
+    full = [1, 3]
+    checkpoint = routed_checkpoint(_base(tmp_path / "base", model), tmp_path / "c", granularity, full)
+    prompts = random_prompts(LENGTHS)
+    with engine(checkpoint, max_num_batched_tokens=64) as llm:
+        answers = generate(llm, prompts, 16)
+    assert_equals_reference(checkpoint, prompts, answers)
+    others = routed_checkpoint(tmp_path / "base", tmp_path / "others", granularity, [1, 2])
+    with pytest.raises((ConfigError, ValueError), match=r"layers \[2\] have a window of 24 tokens"), engine(others):
+        pass
 
 
 @pytest.mark.slow

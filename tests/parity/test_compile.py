@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.architectures import DENSE, EXPERTS
 from tests.support.models import routed_checkpoint, tiny_model
 
 from .harness import assert_equals_reference, engine, generate, random_prompts
 from .test_llama import ROUTED, STATIC
-from .test_moe import SHAPES
 
+SHAPES = DENSE | EXPERTS
 CASES = [("llama", granularity) for granularity in ROUTED + STATIC]
 # On the CPU the compiler traces into stock MoE layers.
 CASES += [
@@ -20,14 +21,21 @@ CASES += [
 ]
 
 
-@pytest.mark.parametrize(("model", "granularity"), CASES)
+#: What is added otherwise than in Llama, and a patch beside it.
+PATCHED = [("granite", "block_sequence"), ("gemma2", "attn_sequence"), ("gemma3_text", "mlp_token")]
+
+
+@pytest.mark.parametrize(
+    ("model", "granularity"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in PATCHED)]
+)
 def test_parity(base: Path, tmp_path: Path, model: str, granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.config.compilation import CompilationMode
 
     monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")  # traced, not optimised
     if model != "llama":
         base = tiny_model(tmp_path / "base", model, num_hidden_layers=5, **SHAPES[model])
-    checkpoint = routed_checkpoint(base, tmp_path / "c", granularity, [1, 2, 3])
+    more = {"version": 2, "patch": {"rank": 4}} if (model, granularity) in PATCHED else {}
+    checkpoint = routed_checkpoint(base, tmp_path / "c", granularity, [1, 2, 3], **more)
     prompts = random_prompts((3, 40, 1, 70))
     with engine(checkpoint, enforce_eager=False) as llm:
         assert llm.llm_engine.vllm_config.compilation_config.mode != CompilationMode.NONE

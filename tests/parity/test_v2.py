@@ -24,7 +24,10 @@ QUICK = {
 }
 SLOW = {
     ("test_dense.py",): "test_parity and (qwen2 or mistral) and not static",
+    ("test_dense.py", "test_architectures.py"): "(test_parity or test_windows) and (phi3 or granite) and not static",
+    ("test_architectures.py", "test_dense.py"): "(test_parity or test_windows) and gemma and not static",
     ("test_moe.py",): "test_parity and olmoe and not static",
+    ("test_moe.py", "test_architectures.py"): "(test_parity or test_windows) and (qwen3_moe or mixtral) and not static",
 }
 CASES = [
     *(pytest.param(*case, id=case[1]) for case in QUICK.items()),

@@ -10,15 +10,16 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.support.architectures import EXPERTS
+from tests.support.architectures import DENSE, EXPERTS
 from tests.support.models import edit_json, routed_checkpoint, tiny_model
-from vllm_mod import models
+from vllm_mod import engine, models
 from vllm_mod.architectures import ARCHITECTURES, Architecture, architecture_of
 from vllm_mod.checkpoint import BaseShape, check_routers, read_json, router_name
 from vllm_mod.config import ConfigError, ModConfig, default_layers
 from vllm_mod.gate import pair_scores, token_scores
 from vllm_mod.sublayers import _norms_all_heads
 
+ROOT = Path(__file__).parents[2]
 DEEPSEEK = {"n_routed_experts": 8, "num_experts_per_tok": 3, "first_k_dense_replace": 2}
 
 
@@ -64,21 +65,36 @@ def test_an_architecture_of_another_kind_is_refused_by_name(part: str | None, me
         model._layers_to_change()
 
 
-def test_the_readme_shows_the_real_diff_of_an_architecture() -> None:
-    """Hunks stand in their files as shown, and without their new lines no code names Qwen3."""
-    root = Path(__file__).parents[2]
-    diff = (root / "README.md").read_text().split("```diff\n")[1].split("```")[0]
-    code = {path: path.read_text() for part in ("vllm_mod", "training") for path in (root / part).rglob("*.py")}
+def test_contributing_shows_the_real_diff_of_an_architecture() -> None:
+    """It is applied: without its new lines no code knows this architecture, with them the files are what they are."""
+    part = (ROOT / "CONTRIBUTING.md").read_text().split("<!-- architectures")[1].split("<!-- /architectures")[0]
+    diff = part.split("```diff\n")[1].split("```")[0]
+    assert len(diff.splitlines()) < 30
+    before: dict[Path, str] = {}
     for hunk in diff.split("--- a/")[1:]:
         name, new_name, *lines = hunk.splitlines()
         assert new_name == f"+++ b/{name}"
-        shown = "\n".join(line[1:] for line in lines)
-        path = root / name
-        assert shown in path.read_text(), name
-        if path in code:
-            without = "\n".join(line[1:] for line in lines if not line.startswith("+"))
-            code[path] = code[path].replace(shown, without)
-    assert not [path for path, text in code.items() if "Qwen3ForCausalLM" in text or '"qwen3"' in text]
+        new = "".join(f"{line[1:]}\n" for line in lines if line[0] != "-")
+        old = "".join(f"{line[1:]}\n" for line in lines if line[0] != "+")
+        text = before.get(ROOT / name) or (ROOT / name).read_text()
+        assert text.count(new) == 1, name
+        without = text.replace(new, old)
+        assert without.replace(old, new) == text
+        before[ROOT / name] = without
+    known = {"__name__": "vllm_mod.architectures", "__package__": "vllm_mod"}
+    exec(before[ROOT / "vllm_mod/architectures.py"], known)
+    added = ARCHITECTURES.keys() - known["ARCHITECTURES"].keys()  # type: ignore[attr-defined]
+    assert len(added) == 1
+    name = added.pop().removesuffix("ForCausalLM")
+    code = (path for folder in ("vllm_mod", "training") for path in (ROOT / folder).rglob("*.py"))
+    assert not [path for path in code if name in before.get(path, path.read_text())]
+    assert f'"{name.lower()}"' not in before[ROOT / "tests/support/architectures.py"]
+
+
+def test_each_architecture_has_a_shape_in_the_tests() -> None:
+    """So that all parity and training tests run on it."""
+    shapes = {f"{name.removesuffix('_text').replace('_', '')}forcausallm" for name in DENSE | EXPERTS}
+    assert shapes == {name.lower() for name in ARCHITECTURES} - {"llamaforcausallm"}  # it has tests of its own
 
 
 def shape(architecture: str, **config: Any) -> BaseShape:
@@ -103,21 +119,49 @@ def test_shapes_of_models_with_experts() -> None:
             shape(name)
 
 
-@pytest.mark.parametrize("name", EXPERTS)
-def test_a_file_and_a_loaded_config_name_the_same_experts(tmp_path: Path, name: str) -> None:
-    """transformers writes some keys under other names than the published files have."""
+def _row(model_type: str) -> Architecture:
+    return next(r for r in ARCHITECTURES.values() if r.base.lower() == f"{model_type.replace('_', '')}forcausallm")
+
+
+def _loaded(model_type: str) -> Any:
     from transformers import AutoConfig
 
     from vllm_mod.deepseek import register_config
 
     register_config()
-    fields = {"num_hidden_layers": 6, **EXPERTS[name]}
-    loaded = AutoConfig.for_model(name, **fields)
+    fields = {"num_hidden_layers": 6, "architectures": [_row(model_type).routed], **EXPERTS[model_type]}
+    return AutoConfig.for_model(model_type, **fields)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_file_and_a_loaded_config_name_the_same_experts(tmp_path: Path, name: str) -> None:
+    """transformers writes some keys under other names than the published files have."""
+    loaded, fields = _loaded(name), {"num_hidden_layers": 6, **EXPERTS[name]}
     loaded.save_pretrained(tmp_path)
-    row = next(r for r in ARCHITECTURES.values() if r.base.lower() == f"{name.replace('_', '')}forcausallm")
     for config in (fields, loaded.to_dict(), read_json(tmp_path / "config.json")):
-        found = BaseShape.of({"hidden_size": 4, **config}, "config.json", row.base)
+        found = BaseShape.of({"hidden_size": 4, **config}, "config.json", _row(name).base)
         assert (found.num_experts, found.dense_layers) == (8, (0,) if name in ("qwen3_moe", "deepseek") else ())
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_guards_see_the_experts_of_a_loaded_config(name: str) -> None:
+    """A loaded config of Qwen3-MoE's names them otherwise than its file."""
+    loaded = _loaded(name)
+    parallel = SimpleNamespace(
+        decode_context_parallel_size=1, prefill_context_parallel_size=1, enable_dbo=False, data_parallel_size=2
+    )
+    vllm_config: Any = SimpleNamespace(
+        model_config=SimpleNamespace(hf_text_config=loaded, model="m", hf_config=loaded),
+        parallel_config=parallel,
+        speculative_config=None,
+        kv_transfer_config=None,
+        cache_config=SimpleNamespace(kv_offloading_size=None),
+        lora_config=object(),
+    )
+    assert engine.experts_without_adapters(vllm_config)
+    mod = ModConfig.parse({"version": 1, "granularity": "mlp_token", "layers": [2]}, "test")
+    with pytest.raises(ConfigError, match="of a model with experts cannot be served data-parallel"):
+        engine.refuse_what_cannot_work(vllm_config, mod)
 
 
 def test_what_is_added_to_the_residual_stream() -> None:

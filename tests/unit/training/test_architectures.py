@@ -191,12 +191,26 @@ def test_refusals_say_what_the_model_has(
         attach_routers(stock(bases[name]), config("expert_token", layers), routers)
 
 
+def train(base: Path, data_file: Path, output: Path, granularity: str) -> None:
+    words = ["train", "--model", str(base), "--data", str(data_file), "--output", str(output)]
+    words += ["--granularity", granularity, "--layers", "1-2", "--max-train-samples", "32", "--max-length", "32"]
+    assert main([*words, "--use-cpu", "true", "--disable-tqdm", "true"]) == 0
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_routers_are_trained_from_the_command_line(bases: dict[str, Path], data_file: Path, tmp_path: Path, name: str):
+    output = tmp_path / "out"
+    train(bases[name], data_file, output, "block_sequence")
+    model = load_reference(output)
+    assert all(weight.abs().sum() > 0 for weight in router_weights(model).values())
+    assert read_json(output / "config.json")["architectures"] == [architecture_of_model(model).routed]
+    assert reference_logits(model, IDS[0].tolist(), PROMPT).isfinite().all()
+
+
 @pytest.mark.parametrize("name", WITH_EXPERTS)
 def test_experts_are_trained_from_the_command_line(bases: dict[str, Path], data_file: Path, tmp_path: Path, name: str):
     output = tmp_path / "out"
-    words = ["train", "--model", str(bases[name]), "--data", str(data_file), "--output", str(output)]
-    words += ["--granularity", "expert_token", "--layers", "1-2", "--max-train-samples", "32", "--max-length", "32"]
-    assert main([*words, "--use-cpu", "true", "--disable-tqdm", "true"]) == 0
+    train(bases[name], data_file, output, "expert_token")
     experts = BaseShape.of(read_json(output / "config.json"), name).num_experts
     for weight in load_file(output / "routers.safetensors").values():
         assert weight.shape[0] == experts and weight.abs().sum() > 0

@@ -48,7 +48,7 @@ def test_similarity_is_the_mean_over_all_tokens() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("target", ["attn", "mlp", "block"])
-@pytest.mark.parametrize("name", ["granite", "gemma2", "gemma3_text", "mixtral", "phi3"])
+@pytest.mark.parametrize("name", SHAPES)
 def test_similarity_is_what_dropping_does(tmp_path: Path, name: str, target: str) -> None:
     """Each sublayer is really dropped, alone: without it the residual stream is there what it was before it."""
     base = tiny_model(tmp_path / "base", name, num_hidden_layers=4, **SHAPES[name])
