@@ -190,10 +190,15 @@ def write_adapter(directory: Path, settings: Any, tensors: Mapping[str, Tensor])
     directory.mkdir(parents=True, exist_ok=True)
     directory.chmod(0o755)
     data = settings.to_dict() | {"inference_mode": True, "target_modules": sorted(settings.target_modules)}
-    (directory / ADAPTER_CONFIG_FILE).write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
+    (directory / ADAPTER_CONFIG_FILE).write_text(json.dumps(data, indent=2, default=_plain) + "\n", encoding="utf-8")
     save_file(dict(tensors), directory / ADAPTER_FILE, metadata={"format": "pt"})
     (directory / ADAPTER_FILE).chmod(0o644)
     return directory
+
+
+def _plain(value: Any) -> Any:
+    """peft makes sets of some lists, of experts for one, and reads lists alone."""
+    return sorted(value) if isinstance(value, set) else str(value)
 
 
 def load_adapter(model: nn.Module, directory: Path) -> None:
