@@ -64,7 +64,10 @@ class BaseShape:
         Raises ConfigError, on an architecture that is not supported, too.
         """
         name = architecture or (config.get("architectures") or ["?"])[0]
-        row = architecture_of(name)
+        try:
+            row = architecture_of(name)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
         try:
             return cls(
                 architecture=name,

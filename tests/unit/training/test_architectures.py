@@ -207,6 +207,13 @@ def test_routers_are_trained_from_the_command_line(bases: dict[str, Path], data_
     assert reference_logits(model, IDS[0].tolist(), PROMPT).isfinite().all()
 
 
+def test_an_attention_that_leaves_a_part_out_is_refused(bases: dict[str, Path]) -> None:
+    """transformers' sdpa has no place for Gemma-2's soft cap; its default is sdpa."""
+    with pytest.raises(ConfigError, match=r"Gemma2ForCausalLM: attn_implementation='sdpa' .*; use 'eager'"):
+        attach_routers(load_base(bases["gemma2"], torch.float32, "sdpa"), config("attn_sequence"))
+    assert stock(bases["gemma2"]).config._attn_implementation == "eager"
+
+
 @pytest.mark.parametrize("name", WITH_EXPERTS)
 def test_experts_are_trained_from_the_command_line(bases: dict[str, Path], data_file: Path, tmp_path: Path, name: str):
     output = tmp_path / "out"
