@@ -29,10 +29,13 @@ class Load:
     requests: int
     prompt: int  #: tokens
     output: int  #: tokens, exactly
+    shared: int = 0  #: tokens of the prompt that are the same in all requests, at its beginning
+    variant: int = 0  #: other prompts, which no cache has seen, but for what is shared
 
     def prompts(self) -> list[list[int]]:
         # One token repeated: random routers then decide otherwise for another request.
-        return [[7 + number % 400] * self.prompt for number in range(self.requests)]
+        first, own = self.variant * self.requests, self.prompt - self.shared
+        return [[3] * self.shared + [7 + (first + number) % 400] * own for number in range(self.requests)]
 
 
 @dataclass
@@ -43,11 +46,14 @@ class Times:
     tokens: dict[str, int] = field(default_factory=lambda: {"prefill": 0, "decode": 0})
     steps: dict[str, list[float]] = field(default_factory=lambda: {"prefill": [], "decode": []})
     requests: int = 0
+    #: seconds that the engine had worked when each request had its first token
+    first_tokens: list[float] = field(default_factory=list)
 
-    def add(self, kind: str, tokens: int, seconds: float) -> None:
+    def add(self, kind: str, tokens: int, seconds: float, first_tokens: int = 0) -> None:
         self.seconds[kind] += seconds
         self.tokens[kind] += tokens
         self.steps[kind].append(seconds)
+        self.first_tokens += [sum(self.seconds.values())] * first_tokens
 
     def rate(self, workload: str) -> float:
         """Tokens per second: of `prefill` or `decode` steps, or of `pool`: generated tokens over the whole run."""
@@ -66,20 +72,24 @@ class Engine:
     def _call(self, function: Any, *args: Any) -> Any:
         return self._pool.submit(function, *args).result()
 
-    def calibrate(self, load: Load, kept: float) -> None:
-        """Set each routed layer's threshold so that `kept` of these requests keep it."""
-        self._call(_calibrate, load, kept)
+    def thresholds(self, load: Load, kept: float) -> list[float]:
+        """Per routed layer: those with which `kept` of these requests keep it."""
+        return self._call(_thresholds, load, kept)
 
     def submit(self, load: Load) -> None:
         self._call(_submit, load)
 
-    def step(self) -> tuple[str, int, float] | None:
-        """(kind, tokens, seconds) of one engine step; None when nothing is left to do."""
+    def step(self) -> tuple[str, int, float, int] | None:
+        """(kind, tokens, seconds, requests that got their first token) of a step; None when nothing is left to do."""
         return self._call(_step)
 
     def counts(self) -> tuple[float, float]:
         """(kept, routed) pairs since the start."""
         return self._call(_counts)
+
+    def metric(self, name: str) -> float:
+        """A counter of vLLM's, since the start."""
+        return self._call(_metric, name)
 
     def running(self) -> int:
         """Most requests that one step of the last load had."""
@@ -90,10 +100,15 @@ class Engine:
 
 
 def engine_flags(args: Any, longest: int, batched_tokens: int, requests: int) -> dict[str, Any]:
-    """vLLM's for dummy weights: prompts whole, nothing cached; args: `eager`, `block_size`, `kv_cache_memory_bytes`."""
+    """vLLM's for dummy weights; args: `eager`, `block_size`, `kv_cache_memory_bytes`.
+
+    Prompts are whole and nothing is cached, unless `args.caching`: vLLM's own settings then.
+    """
+    caching = getattr(args, "caching", False)
     return {
         "load_format": "dummy", "skip_tokenizer_init": True, "enforce_eager": args.eager, "max_model_len": longest,
-        "enable_prefix_caching": False, "enable_chunked_prefill": False, "max_num_batched_tokens": batched_tokens,
+        "enable_prefix_caching": caching, "enable_chunked_prefill": caching,
+        "max_num_batched_tokens": 2048 if caching else batched_tokens,
         "block_size": args.block_size, "max_num_seqs": requests, "disable_log_stats": False,
         "kv_cache_memory_bytes": args.kv_cache_memory_bytes,
     }  # fmt: skip
@@ -150,17 +165,18 @@ def _submit(load: Load) -> None:
         _state["llm"].llm_engine.add_request(str(next(_state["number"])), {"prompt_token_ids": prompt}, params)
 
 
-def _step() -> tuple[str, int, float] | None:
+def _step() -> tuple[str, int, float, int] | None:
     engine, scheduled = _state["llm"].llm_engine, _state["scheduled"]
     if not engine.has_unfinished_requests():
         return None
     scheduled.clear()
     begin = time.perf_counter()
-    engine.step()
+    outputs = engine.step()
     seconds = time.perf_counter() - begin
+    first_tokens = sum(len(output.outputs[0].token_ids) == 1 for output in outputs)
     counts = [n for step in scheduled for n in step]
     _state["most"] = max(_state["most"], *(len(step) for step in scheduled), 0)
-    return "prefill" if counts and max(counts) > 1 else "decode", sum(counts), seconds
+    return "prefill" if counts and max(counts) > 1 else "decode", sum(counts), seconds, first_tokens
 
 
 def _counts() -> tuple[float, float]:
@@ -168,38 +184,42 @@ def _counts() -> tuple[float, float]:
     return kept, routed
 
 
+def _metric(name: str) -> float:
+    return sum(m.value for m in _state["llm"].get_metrics() if m.name == name)
+
+
 def _running() -> int:
     return _state["most"]
 
 
-def _calibrate(load: Load, kept: float) -> None:
+def _thresholds(load: Load, kept: float) -> list[float]:
     """Layer by layer, because what a layer decides changes what the next ones see."""
-    from vllm_mod import requests
+    import torch
 
-    model = _state["llm"].llm_engine.model_executor.driver_worker.worker.model_runner.model
-    routes = [route for module in model.modules() if (route := vars(module).get("route")) is not None]
-    routes.sort(key=lambda route: route.column)
-    decide, scores = requests.keeps, []
+    from vllm_mod import sequences
 
-    def recording(found: Any, cutoff: float) -> Any:
+    routing = _state["llm"].llm_engine.model_executor.driver_worker.worker.model_runner.model.routing
+    cutoffs = routing._state.default_cutoffs  # written into the state of each request that starts
+    decide, scores = sequences.keeps, []
+
+    def recording(found: Any, cutoff: Any) -> Any:
         scores.append(found)
         return decide(found, cutoff)
 
-    for route in routes:
-        route.cutoff = float("-inf")
-    requests.keeps = recording  # type: ignore[assignment]
+    cutoffs.fill_(float("-inf"))
+    sequences.keeps = recording  # type: ignore[assignment]
     try:
-        for number, route in enumerate(routes):
-            route.cutoff = 0.0
+        for number, column in enumerate(routing.columns):
             scores.clear()
+            _state["llm"].reset_prefix_cache()  # it knows the scores of prompts that it has seen
             _submit(Load(load.requests, load.prompt, 1))
             while _step():
                 pass
-            # Layers up to this one have a cutoff, and score once per prefill step.
-            found = sorted(float(s) for step in scores[number :: number + 1] for s in step)
-            route.cutoff = _between(found, round((1 - kept) * len(found)))
+            found = sorted(float(s) for step in scores[number :: len(routing.columns)] for s in step)
+            cutoffs[column] = _between(found, round((1 - kept) * len(found)))
     finally:
-        requests.keeps = decide
+        sequences.keeps = decide
+    return torch.sigmoid(cutoffs).tolist()
 
 
 def _between(scores: Sequence[float], skipped: int) -> float:

@@ -26,6 +26,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .common import (
     RESULTS,
     command,
@@ -78,6 +80,7 @@ class Watch:
         self.running: list[int] = []
         self.pages_for_outputs = self.output_tokens = 0
         self._scheduler, self._schedule = scheduler, scheduler.schedule
+        self._per_row = scheduler.connector is None
         scheduler.schedule = self.schedule
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
@@ -89,7 +92,11 @@ class Watch:
         for request, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
             if request not in cached.resumed_req_ids:
                 self.output_tokens += 1
-                self.pages_for_outputs += sum(page != 0 for group in blocks or () for page in group)
+                self.pages_for_outputs += sum(page != 0 for group in blocks or () for page in group) * self._per_row
+        message = step.kv_connector_metadata
+        if message is not None:  # of a routed model: rows name the request, and pages travel by themselves
+            growing = np.isin(message.pages.slots, [start.slot for start in message.starts], invert=True)
+            self.pages_for_outputs += np.count_nonzero(message.pages.pages[np.repeat(growing, message.pages.counts)])
         return step
 
     def summary(self) -> dict[str, Any]:
@@ -98,7 +105,9 @@ class Watch:
             "max_running": max(map(abs, self.running)),
             "mean_running": round(sum(contended) / max(len(contended), 1), 2),
             "steps": len(self.running),
-            "kv_bytes_per_generated_token": round(self.pages_for_outputs * self.bytes_per_page / self.output_tokens),
+            "kv_bytes_per_generated_token": round(
+                float(self.pages_for_outputs * self.bytes_per_page / self.output_tokens)
+            ),
         }
 
 

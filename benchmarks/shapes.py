@@ -46,13 +46,19 @@ def skipped_layers(routed: Sequence[int], kept: float) -> list[int]:
 
 
 def four_systems(
-    directory: Path, shape: dict[str, Any], granularity: str, routed: Sequence[int], kept: float, mixed: bool
+    directory: Path,
+    shape: dict[str, Any],
+    granularity: str,
+    routed: Sequence[int],
+    kept: float,
+    mixed: bool,
+    window: int | None = None,
 ) -> dict[str, tuple[Path, dict[str, Any] | None]]:
-    """System -> (checkpoint without weights, engine knobs). `mixed`: thresholds are left for `Engine.calibrate`."""
+    """System -> (checkpoint without weights, engine knobs). `mixed`: thresholds are left for `Engine.scores`."""
     base = llama_config(directory / "base", **shape)
     skipped = skipped_layers(routed, kept)
     threshold = 0.5 if mixed else [1.0 if i in skipped else 0.0 for i in routed]
-    mod = routed_config(directory / "mod", base, granularity, routed, threshold)
+    mod = routed_config(directory / "mod", base, granularity, routed, threshold, window)
     systems: dict[str, tuple[Path, dict[str, Any] | None]] = {
         "stock": (base, None), "keep": (mod, {"force": "keep"}), "mod": (mod, {}),
     }  # fmt: skip

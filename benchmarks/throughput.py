@@ -34,7 +34,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .common import RESULTS, command, machine, markdown_table, progress, write_json
+from .common import RESULTS, command, machine, markdown_table, progress, routed_config, write_json
 from .engines import Engine, Load, Times, engine_flags, run_in_turn
 from .shapes import SHAPES, SYSTEMS, four_systems, positions, routed_layers
 
@@ -61,6 +61,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output-len", type=int, default=48, help="generated tokens (default: %(default)s)")
     parser.add_argument("--routed", type=int, default=None, help="routed layers (default: half of them)")
     parser.add_argument("--kept", type=float, default=0.5, help="kept ratio of the routed layers (default: 0.5)")
+    parser.add_argument("--window", type=int, help="decide from so many tokens (version 2; default: the whole prompt)")
+    parser.add_argument(
+        "--caching", action="store_true", help="prefix caching and chunked prefill on in all engines; needs --window"
+    )
     parser.add_argument("--mixed", action="store_true", help="each request skips layers of its own")
     parser.add_argument("--sweep", choices=("prompt", "kept", "requests"), help="repeat for each of --values, and plot")
     parser.add_argument("--values", type=float, nargs="+", default=[], help="of --sweep")
@@ -80,6 +84,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for prompt in args.values if args.sweep == "prompt" else [args.prompt]:
         if prompt + args.output_len > positions(args.shape):
             parser.error(f"--prompt {prompt:g} and --output-len: {args.shape} has {positions(args.shape)} positions")
+    if args.caching and args.window is None:
+        parser.error("--caching: a decision over the whole prompt cannot cache prefixes; give --window as well")
     if "stock" not in args.systems:
         parser.error("--systems: everything is compared with 'stock'")
     for kept in args.values if args.sweep == "kept" else [args.kept]:
@@ -105,7 +111,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         routed = routed_layers(SHAPES[args.shape]["num_hidden_layers"], args.routed)
         systems = four_systems(
-            Path(directory), SHAPES[args.shape], args.granularity, routed, args.kept, args.mixed
+            Path(directory), SHAPES[args.shape], args.granularity, routed, args.kept, args.mixed, args.window
         )  # fmt: skip
         systems = {name: system for name, system in systems.items() if name in args.systems}
         for group in [[name] for name in systems] if args.alone else [list(systems)]:
@@ -115,7 +121,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 engines[name] = Engine(*systems[name], flags)
             if args.mixed and "mod" in engines:
                 progress("calibrating mod")
-                engines["mod"].calibrate(load, args.kept)
+                thresholds = engines["mod"].thresholds(load, args.kept)
+                engines["mod"].stop()
+                mod, knobs = systems["mod"]
+                base = systems["stock"][0]
+                routed_config(mod, base, args.granularity, routed, thresholds, args.window)
+                engines["mod"] = Engine(mod, knobs, flags)
             run_in_turn(engines, Load(min(args.requests, 4), args.prompt, 4))  # warm-up
             for repeat in range(args.repeats):
                 before = engines["mod"].counts() if "mod" in engines else None

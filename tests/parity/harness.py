@@ -51,11 +51,15 @@ def engine(checkpoint: Path, mod: dict[str, Any] | None = None, **options: Any) 
         gc.collect()
 
 
-def generate(llm: Any, prompts: Sequence[list[int]], max_tokens: int | Sequence[int] = 24) -> list[Answer]:
+def generate(
+    llm: Any, prompts: Sequence[list[int]], max_tokens: int | Sequence[int] = 24, dial: dict[str, Any] | None = None
+) -> list[Answer]:
+    """Greedy answers of exactly so many tokens; dial: `vllm_xargs` of all of them."""
     from vllm import SamplingParams
 
     lengths = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
-    params = [SamplingParams(temperature=0, max_tokens=n, logprobs=0, ignore_eos=True) for n in lengths]
+    options: dict[str, Any] = {"temperature": 0, "logprobs": 0, "ignore_eos": True, "extra_args": dial}
+    params = [SamplingParams(max_tokens=n, **options) for n in lengths]
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     answers = []
     for output in outputs:
@@ -86,6 +90,20 @@ def assert_no_kv_cache_of(llm: Any, dropped: Sequence[int], layers: int) -> None
 
 def scheduler(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def manager(llm: Any) -> Any:
+    return scheduler(llm).kv_cache_manager.coordinator.single_type_managers[0]
+
+
+def assert_nothing_left(llm: Any) -> None:
+    """Of requests that have ended: neither at the scheduler nor, once another step has told them, at the workers."""
+    generate(llm, [[1]], 1)
+    pages = manager(llm)
+    assert not pages._live and not pages._by_serial and not pages._stepping
+    assert pages.token_slots == 0 and len(pages._free_slots) == pages._number_of_slots
+    state = runner_model(llm).routing._state
+    assert not getattr(state, "open", ())
 
 
 def free_pages(llm: Any) -> int:

@@ -1,6 +1,7 @@
 """KV pages of skipped layers go back to the pool, are reused by other requests, and no answer changes."""
 
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from tests.support.models import routed_checkpoint, tiny_llama
 
 from .harness import (
     assert_equals_reference,
+    assert_nothing_left,
     assert_same,
     counter,
     engine,
     free_pages,
     generate,
+    manager,
     random_prompts,
     runner_model,
     scheduler,
@@ -37,25 +40,33 @@ def _poison_free_pages(llm: Any) -> None:
     for cache in caches:
         cache.fill_(torch.nan)
         cache[0] = 0  # the null page, which rows of skipped layers point to
-    pool = scheduler(llm).kv_cache_manager.block_pool
-    free, take = pool.free_blocks, pool.get_new_blocks
+    queue = scheduler(llm).kv_cache_manager.block_pool.free_block_queue
+    owners = manager(llm).pages._owners
 
-    def poison(blocks: Any, *args: Any, **kwargs: Any) -> None:
-        blocks = list(blocks)
-        for page in blocks:
-            if page.ref_cnt == 1 and page.block_hash is None and not page.is_null:
-                for cache in caches:
-                    cache[page.block_id] = torch.nan
-        free(blocks, *args, **kwargs)
+    def fill(pages: Iterable[Any], value: float) -> None:
+        numbers = [page.block_id for page in pages]
+        for cache in caches:
+            cache[numbers] = value
 
-    def clean(*args: Any, **kwargs: Any) -> Any:
-        pages = take(*args, **kwargs)
-        for page in pages:
-            for cache in caches:
-                cache[page.block_id] = 0
-        return pages
+    def emptied(give: Any) -> Any:
+        def poison(pages: list[Any]) -> None:
+            fill([p for p in pages if p.block_hash is None and owners[p.block_id] is None and not p.is_null], torch.nan)
+            give(pages)
 
-    pool.free_blocks, pool.get_new_blocks = poison, clean
+        return poison
+
+    def filled(take: Any) -> Any:
+        def clean(*args: Any) -> Any:
+            pages = take(*args)
+            fill(pages if args else [pages], 0)
+            return pages
+
+        return clean
+
+    for name in ("append_n", "prepend_n"):
+        setattr(queue, name, emptied(getattr(queue, name)))
+    for name in ("popleft_n", "popleft"):
+        setattr(queue, name, filled(getattr(queue, name)))
 
 
 @pytest.mark.parametrize("granularity", ["attn_sequence", "block_sequence"])
@@ -65,17 +76,16 @@ def test_pages_are_reused_under_preemption(long_base: Path, tmp_path: Path, gran
     rng = random.Random(3)
     prompts = random_prompts([rng.randrange(20, 300) for _ in range(40)])
     lengths = [rng.randrange(1, 60) for _ in prompts]
-    pool = 30 * TOKEN_BLOCK
+    pool = 24 * TOKEN_BLOCK
     with engine(checkpoint, kv_cache_memory_bytes=pool, max_model_len=512, max_num_seqs=32) as llm:
         _poison_free_pages(llm)
         free = free_pages(llm)
         answers = generate(llm, prompts, lengths)
-        manager = scheduler(llm).kv_cache_manager.coordinator.single_type_managers[0]
         assert counter(llm, "vllm:num_preemptions") > 0
-        assert manager.pages_released > 100
+        assert manager(llm).pages_released > 100
         assert free_pages(llm) == free, "pages leaked"
-        assert not manager._skipped
-        assert scheduler(llm).connector.messages_ignored == sum(n == 1 for n in lengths)  # ended before it arrived
+        assert manager(llm).reports_ignored == sum(n == 1 for n in lengths)  # ended before it arrived
+        assert_nothing_left(llm)
     decisions = assert_equals_reference(checkpoint, prompts, answers)
     kept = torch.tensor([[bool(d[i]) for i in LAYERS] for d in decisions]).float().mean()
     assert 0.2 < kept < 0.8
@@ -87,7 +97,7 @@ def test_reclaim_changes_no_answer(long_base: Path, tmp_path: Path) -> None:
     answers = []
     for reclaim in (True, False):
         with engine(checkpoint, {"kv_reclaim": reclaim}) as llm:
-            assert (runner_model(llm).routing.paged_layers is not None) == reclaim
+            assert manager(llm).by_layer == reclaim
             answers.append(generate(llm, prompts))
     assert_same(*answers)
 

@@ -13,7 +13,17 @@ import pytest
 
 from tests.support.models import routed_checkpoint
 
-from .harness import assert_equals_reference, counter, engine, free_pages, generate, random_prompts, scheduler
+from .harness import (
+    assert_equals_reference,
+    assert_nothing_left,
+    counter,
+    engine,
+    free_pages,
+    generate,
+    manager,
+    random_prompts,
+    scheduler,
+)
 from .test_pages import LAYERS, TOKEN_BLOCK, _poison_free_pages
 
 
@@ -39,7 +49,7 @@ def _run(
         assert counter(llm, "vllm:num_preemptions") > 0
         assert counter(llm, "vllm:mod_kv_pages_freed") > 0
         assert free_pages(llm) == free, "pages leaked"
-        assert not scheduler(llm).kv_cache_manager.coordinator.single_type_managers[0]._skipped
+        assert_nothing_left(llm)
     decisions = assert_equals_reference(checkpoint, tokens, answers)
     for layer in LAYERS:  # the test means something only where requests disagree
         kept = [bool(decision[layer]) for decision in decisions]
@@ -48,15 +58,15 @@ def _run(
 
 def _decoding_before_a_decision_is_heard(llm: Any) -> list[str]:
     """Requests that got slots for another step while the scheduler did not know yet what they skip."""
-    manager, found = scheduler(llm).kv_cache_manager.coordinator.single_type_managers[0], []
-    allocate = manager.allocate_new_blocks
+    pages, found = manager(llm), []
+    allocate = pages.allocate_new_blocks
 
     def watched(request: str, *args: Any) -> Any:
-        if manager.req_to_blocks.get(request) and request not in manager._skipped:
+        if pages.req_to_blocks.get(request) and pages._live[request].keep is None:
             found.append(request)
         return allocate(request, *args)
 
-    manager.allocate_new_blocks = watched
+    pages.allocate_new_blocks = watched
     return found
 
 

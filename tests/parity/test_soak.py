@@ -12,8 +12,18 @@ from typing import Any
 import pytest
 
 from tests.support.models import routed_checkpoint
+from vllm_mod.checkpoint import read_mod_config
 
-from .harness import counter, engine, free_pages, generate, random_prompts, runner_model, scheduler
+from .harness import (
+    assert_equals_reference,
+    assert_nothing_left,
+    counter,
+    engine,
+    free_pages,
+    generate,
+    manager,
+    random_prompts,
+)
 from .test_pages import LAYERS, TOKEN_BLOCK, _poison_free_pages
 
 OUTPUT = 40
@@ -27,6 +37,7 @@ class Traffic:
     prompts: list[list[int]]
     expected: list[list[int]]  #: greedy answers, each asked alone
     rng: random.Random
+    dials: list[dict[str, Any] | None] | None = None  #: of each prompt
     asked: dict[str, int | None] = field(default_factory=dict)  #: live request -> prompt it greedily answers
     ended: dict[str, int] = field(default_factory=lambda: dict.fromkeys(["length", "stop", "aborted", "several"], 0))
 
@@ -42,6 +53,8 @@ class Traffic:
             settings |= {"n": 2, "temperature": 1.0, "seed": self.rng.randrange(1000)}
         elif kind < 0.3:
             settings["stop"] = self.llm.get_tokenizer().decode(self.expected[number][2:4])
+        if self.dials is not None:
+            settings["extra_args"] = self.dials[number]
         prompt = {"prompt_token_ids": self.prompts[number]}
         self.llm.llm_engine.add_request(name, prompt, SamplingParams(**settings))
         self.asked[name] = None if "n" in settings else number
@@ -67,6 +80,20 @@ class Traffic:
             tokens = list(answer.token_ids)
             assert tokens == self.expected[number][: len(tokens)], f"prompt {number}"
 
+    def run(self, requests: int) -> None:
+        submitted = 0
+        for _ in range(50 * requests):  # far more steps than needed: a request that hangs ends this loop
+            while submitted < requests and len(self.asked) < 40 and self.rng.random() < 0.8:
+                self.submit(f"r{submitted}")
+                submitted += 1
+            self.abort_some()
+            self.step()
+            if submitted == requests and not self.asked:
+                break
+        assert not self.asked, "requests hang"
+        assert sum(self.ended.values()) == requests
+        assert all(self.ended.values()), f"some way to end never happened: {self.ended}"
+
 
 @pytest.mark.parametrize("requests", [150, pytest.param(2000, marks=pytest.mark.slow)])
 def test_nothing_is_left_over(base: Path, tmp_path: Path, requests: int) -> None:
@@ -77,28 +104,41 @@ def test_nothing_is_left_over(base: Path, tmp_path: Path, requests: int) -> None
         _poison_free_pages(llm)
         free = free_pages(llm)
         expected = [generate(llm, [prompt], OUTPUT)[0].tokens for prompt in prompts]
-        traffic, submitted = Traffic(llm, prompts, expected, rng), 0
-        for _ in range(50 * requests):  # far more steps than needed: a request that hangs ends this loop
-            while submitted < requests and len(traffic.asked) < 40 and rng.random() < 0.8:
-                traffic.submit(f"r{submitted}")
-                submitted += 1
-            traffic.abort_some()
-            traffic.step()
-            if submitted == requests and not traffic.asked:
-                break
-        assert not traffic.asked, "requests hang"
-        assert sum(traffic.ended.values()) == requests
-        assert all(traffic.ended.values()), f"some way to end never happened: {traffic.ended}"
+        traffic = Traffic(llm, prompts, expected, rng)
+        traffic.run(requests)
         assert counter(llm, "vllm:num_preemptions") > 0
-        generate(llm, prompts[:1], 1)  # workers hear of an end with the next step: that of this one is still to come
+        assert manager(llm).reports_ignored > 0
+        assert_nothing_left(llm)
         assert free_pages(llm) == free, "pages leaked"
-        manager = scheduler(llm).kv_cache_manager.coordinator.single_type_managers[0]
-        assert not manager._skipped and not manager.req_to_blocks and manager.token_slots == 0
-        connector = scheduler(llm).connector
-        assert not connector._prompt_lengths
-        assert connector.messages_ignored > 0
-        state = runner_model(llm).routing.state
-        assert len(state._by_request) == 1
+
+
+@pytest.mark.parametrize("requests", [120, pytest.param(2000, marks=pytest.mark.slow)])
+def test_shared_prefixes_and_dials(base: Path, tmp_path: Path, requests: int) -> None:
+    """Decisions from a window, prompts in chunks, prefixes from the cache, each request at a depth of its own."""
+    checkpoint = routed_checkpoint(base, tmp_path / "c", "attn_sequence", LAYERS, version=2, window=40)
+    rng = random.Random(requests)
+    prefixes = random_prompts([rng.randrange(33, 130) for _ in range(20)], seed=7)
+    own = random_prompts([rng.randrange(1, 60) for _ in range(40)], seed=8)
+    prompts = [rng.choice(prefixes) + tail for tail in own]
+    depths = [None, {"mod_threshold": 0}, {"mod_threshold": 0.3}, {"mod_threshold": 0.8}, {"mod_threshold": 1}]
+    dials: list[dict[str, Any] | None] = [rng.choice(depths) for _ in prompts]
+    config = read_mod_config(checkpoint)
+    with engine(
+        checkpoint, kv_cache_memory_bytes=40 * TOKEN_BLOCK, max_num_seqs=24, max_num_batched_tokens=96
+    ) as llm:  # fmt: skip
+        _poison_free_pages(llm)
+        free = free_pages(llm)
+        answers = [generate(llm, [prompt], OUTPUT, dial)[0] for prompt, dial in zip(prompts, dials, strict=True)]
+        traffic = Traffic(llm, prompts, [answer.tokens for answer in answers], rng, dials)
+        traffic.run(requests)
+        assert counter(llm, "vllm:num_preemptions") > 0
+        assert counter(llm, "vllm:prefix_cache_hits") > 0
+        assert_nothing_left(llm)
+        assert free_pages(llm) == free, "pages leaked"
+    for depth in depths:
+        mine = [i for i, dial in enumerate(dials) if dial == depth]
+        wanted = config if depth is None else config.with_threshold(float(depth["mod_threshold"]))
+        assert_equals_reference(checkpoint, [prompts[i] for i in mine], [answers[i] for i in mine], wanted)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.models import routed_checkpoint
 
-from .harness import counter, engine, generate, random_prompts, runner_model
+from .harness import counter, engine, generate, random_prompts
 
 LAYERS = [1, 3, 4, 6]
 BYTES_PER_TOKEN = 2 * 2 * 32 * 4  # K and V, heads, head size, float32; of one layer
@@ -54,4 +54,3 @@ def test_without_pages_per_layer_only_what_was_kept(base: Path, tmp_path: Path, 
         assert routed == dict.fromkeys(LAYERS, 3 if granularity == "mlp_sequence" else 150 + 3 * 3)
         assert 0 < sum(kept.values()) < sum(routed.values())
         assert counter(llm, "vllm:mod_kv_pages_freed") == counter(llm, "vllm:mod_kv_bytes_per_token") == 0
-        assert runner_model(llm).routing.paged_layers is None

@@ -17,6 +17,9 @@ QUICK = {
     ("test_dense.py",): "test_parity and qwen3 and not static",
     ("test_moe.py",): "test_parity and deepseek and not static",
     ("test_async.py",): "test_steps_in_flight",
+    ("test_window.py", "test_dial.py", "test_patches.py"): (
+        "(test_chunks and 24 and attn_sequence) or test_each_request or (test_parity and attn_sequence)"
+    ),
     ("test_decode.py", "../unit/test_kernels.py"): (
         "(test_dense and (attn_sequence or attn_token) and True)"
         " or test_split_pages or test_decide or test_token_scores"
@@ -28,6 +31,11 @@ SLOW = {
     ("test_architectures.py", "test_dense.py"): "(test_parity or test_windows) and gemma and not static",
     ("test_moe.py",): "test_parity and olmoe and not static",
     ("test_moe.py", "test_architectures.py"): "(test_parity or test_windows) and (qwen3_moe or mixtral) and not static",
+    ("test_window.py", "test_patches.py"): (
+        "(test_chunks and (mlp_sequence or block_sequence) and (24 or 4096))"
+        " or (test_one_token_per_step and attn_sequence) or (test_preemption and 24) or test_parity"
+    ),
+    ("test_soak.py",): "test_shared_prefixes_and_dials and 120",
 }
 CASES = [
     *(pytest.param(*case, id=case[1]) for case in QUICK.items()),

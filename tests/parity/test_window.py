@@ -11,13 +11,13 @@ from tests.support.models import routed_checkpoint
 
 from .harness import (
     assert_equals_reference,
+    assert_nothing_left,
     assert_same,
     counter,
     engine,
     free_pages,
     generate,
     random_prompts,
-    scheduler,
 )
 from .test_decode import static_decode
 from .test_pages import TOKEN_BLOCK, _poison_free_pages
@@ -92,6 +92,5 @@ def test_preemption(base: Path, tmp_path: Path, granularity: str, window: int) -
         answers = generate(llm, prompts, 80)
         assert counter(llm, "vllm:num_preemptions") > 0
         assert free_pages(llm) == free
-        manager = scheduler(llm).kv_cache_manager.coordinator.single_type_managers[0]
-        assert not manager._live and not manager._by_serial
+        assert_nothing_left(llm)
     _disagree(assert_equals_reference(checkpoint, prompts, answers))

@@ -101,7 +101,8 @@ class MoDConnector(KVConnectorBase_V1, SupportsHMA):
             return None
         before, self._reported = self._reported, totals
         kv = {key: totals[key] - before.get(key, 0) for key in totals if key != "token_slots"}
-        kv |= {"bytes": manager.bytes_held, "tokens": manager.token_slots}
+        if manager.by_layer:  # otherwise vLLM's own metrics say it
+            kv |= {"bytes": manager.bytes_held, "tokens": manager.token_slots}
         dials, self._dials = dict(self._dials), Counter()
         return MoDStats(data={"kv": kv, "dials": dials})
 

@@ -70,6 +70,11 @@ class PageManager(FullAttentionManager):
         return PrefixCache(self.block_pool, self.pages, self.block_size, self._window, self._width, self._lead)
 
     @property
+    def by_layer(self) -> bool:
+        """Whether each layer has pages of its own; if not, a page is vLLM's usual block."""
+        return self._width > 1
+
+    @property
     def bytes_held(self) -> int:
         pool = self.block_pool
         return (pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()) * self.kv_cache_spec.page_size_bytes

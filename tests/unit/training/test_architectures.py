@@ -90,11 +90,12 @@ def test_the_gate_sees_what_attention_adds(bases: dict[str, Path], name: str) ->
         loss = model(IDS, labels=IDS, use_cache=False).loss
         (gradient,) = torch.autograd.grad(loss, state.decisions[1].applied)
     layer, norm = model.model.layers[1], architecture_of_model(model).post_norms.get("self_attn")
-    weight, offset = (layer.self_attn.o_proj.weight, 0.0) if norm is None else (getattr(layer, norm).weight, 1.0)
-    as_it_was, losses = weight.detach().clone(), []
+    last, offset = (layer.self_attn.o_proj, 0.0) if norm is None else (getattr(layer, norm), 1.0)
+    as_it_was, losses = [p.detach().clone() for p in last.parameters()], []
     with torch.no_grad(), routing(model):
         for factor in (1.01, 0.99):
-            weight.copy_(factor * (as_it_was + offset) - offset)  # Gemma's norms multiply by 1 + weight
+            for parameter, before in zip(last.parameters(), as_it_was, strict=True):
+                parameter.copy_(factor * (before + offset) - offset)  # Gemma's norms multiply by 1 + weight
             losses.append(float(model(IDS, labels=IDS, use_cache=False).loss))
     assert float(gradient) == pytest.approx((losses[0] - losses[1]) / 0.02, rel=0.02, abs=1e-3)
     assert abs(float(gradient)) > 5e-3
