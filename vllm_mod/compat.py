@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 # ---------------------------------------------------------------- configuration
@@ -125,25 +126,26 @@ def fill_spec_registry() -> None:
     KVCacheSpecRegistry._ensure_registered()
 
 
-def take_free_blocks(pool: Any, number: int) -> list[Any]:
-    """From vLLM's queue of free blocks, without the bookkeeping that `get_new_blocks` does for each one."""
-    blocks = pool.free_block_queue.popleft_n(number)
-    if pool.enable_caching:
-        for block in blocks:
-            if block._block_hash is not None:
-                pool._maybe_evict_cached_block(block)
-    return blocks
+def replace_free_queue(pool: Any, queue: Callable[[Any, Any], Any]) -> Any:
+    """Give a pool, as it was made, another queue of its free blocks; the null block was taken from it already."""
+    free = [block.block_id for block in pool.free_block_queue.get_all_free_blocks()]
+    assert len(free) == pool.free_block_queue.num_free_blocks == pool.num_gpu_blocks - 1
+    pool.free_block_queue = queue(pool.blocks, np.array(free, np.int64))
+    return pool.free_block_queue
 
 
-def take_out_of_queue(pool: Any, block: Any) -> None:
-    """A free block that is in use again, as `touch` does."""
-    pool.free_block_queue.remove(block)
+def forget_cached(pool: Any, block: Any) -> None:
+    """A free block is handed out: if it has a hash, nobody finds it any more, as in `get_new_blocks`."""
+    if block._block_hash is not None:
+        pool._maybe_evict_cached_block(block)
 
 
-def give_blocks_back(pool: Any, first: list[Any], last: list[Any]) -> None:
-    """To be reused before, and after, all others, as `free_blocks` does."""
-    pool.free_block_queue.prepend_n(first)
-    pool.free_block_queue.append_n(last)
+def hand_out(pool: Any, blocks: list[Any]) -> None:
+    """Free blocks are one request's now, as `get_new_blocks` makes them."""
+    for block in blocks:
+        block.ref_cnt = 1
+        if pool.metrics_collector:
+            pool.metrics_collector.on_block_allocated(block)
 
 
 def manager_of(kv_cache_manager: Any) -> Any:

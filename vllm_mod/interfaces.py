@@ -94,11 +94,12 @@ INTERFACES = (
     ),
     Interface(
         _CORE + "block_pool", "BlockPool",
-        ("get_new_blocks", "free_blocks", "touch", "get_num_free_blocks", "get_usage", "get_cached_block",
+        ("touch", "get_num_free_blocks", "get_usage", "get_cached_block",
          "cache_full_blocks", "evict_blocks", "reset_prefix_cache", "_maybe_evict_cached_block"),
     ),
     Interface(
-        _CORE + "kv_cache_utils", "FreeKVCacheBlockQueue", ("popleft_n", "remove", "prepend_n", "append_n"),
+        _CORE + "kv_cache_utils", "FreeKVCacheBlockQueue",
+        ("popleft_n", "popleft", "remove", "append", "append_n", "prepend_n", "get_all_free_blocks"),
     ),
     Interface(
         _CORE + "block_pool", "BlockPool.cache_full_blocks",

@@ -1,7 +1,6 @@
 """KV pages of skipped layers go back to the pool, are reused by other requests, and no answer changes."""
 
 import random
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,33 +39,23 @@ def _poison_free_pages(llm: Any) -> None:
     for cache in caches:
         cache.fill_(torch.nan)
         cache[0] = 0  # the null page, which rows of skipped layers point to
-    queue = scheduler(llm).kv_cache_manager.block_pool.free_block_queue
-    owners = manager(llm).pages._owners
+    pages = manager(llm).pages
+    give, take = pages.free.give, pages.free.take
 
-    def fill(pages: Iterable[Any], value: float) -> None:
-        numbers = [page.block_id for page in pages]
+    def fill(numbers: Any, value: float) -> None:
         for cache in caches:
-            cache[numbers] = value
+            cache[torch.from_numpy(numbers)] = value
 
-    def emptied(give: Any) -> Any:
-        def poison(pages: list[Any]) -> None:
-            fill([p for p in pages if p.block_hash is None and owners[p.block_id] is None and not p.is_null], torch.nan)
-            give(pages)
+    def poison(numbers: Any, last: bool) -> None:
+        fill(numbers[~pages.cached[numbers]], torch.nan)
+        give(numbers, last)
 
-        return poison
+    def clean(number: int) -> Any:
+        numbers = take(number)
+        fill(numbers, 0)
+        return numbers
 
-    def filled(take: Any) -> Any:
-        def clean(*args: Any) -> Any:
-            pages = take(*args)
-            fill(pages if args else [pages], 0)
-            return pages
-
-        return clean
-
-    for name in ("append_n", "prepend_n"):
-        setattr(queue, name, emptied(getattr(queue, name)))
-    for name in ("popleft_n", "popleft"):
-        setattr(queue, name, filled(getattr(queue, name)))
+    pages.free.give, pages.free.take = poison, clean
 
 
 @pytest.mark.parametrize("granularity", ["attn_sequence", "block_sequence"])

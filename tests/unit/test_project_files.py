@@ -67,8 +67,32 @@ def test_the_changelog_begins_with_this_version():
     assert (first[2] == ", not released yet") == (".dev" in version)
 
 
-def test_documents_link_to_files_that_exist():
-    for document in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md"), *ROOT.glob("demo/*.md")):
-        for target in re.findall(r"]\(([^)#\s]+)(?:#[^)]*)?\)", document.read_text()):
-            if "://" not in target:
-                assert (document.parent / target).exists(), f"{document.name}: {target}"
+FOLDERS = (".", "docs", "examples", "demo", "benchmarks")
+DOCUMENTS = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.md")]
+
+
+def anchors(document: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_documents_link_to_what_exists(document):
+    for target, anchor in re.findall(r"]\(([^)#\s]*)#?([^)\s]*)\)", document.read_text()):
+        if "://" not in target:
+            path = document.parent / target if target else document
+            assert path.exists(), target
+            assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_documents_name_tests_that_exist(document):
+    """`tests/x.py::test_a`, `::test_b`: the second is of the file before it."""
+    file = ""
+    for path, name in re.findall(r"`(tests/[\w/]+\.py)?(?:::(\w[\w:]*))?`", document.read_text()):
+        file = path or file
+        if path or name:
+            code = (ROOT / file).read_text()
+            for part in filter(None, name.split("::")):
+                assert re.search(rf"^ *((async )?def|class) {part}\b|^{part} = ", code, re.MULTILINE), f"{file}::{name}"

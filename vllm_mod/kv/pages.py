@@ -10,7 +10,7 @@ runs. Its pages travel in the step's message (see `messages`), as many as are ne
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,7 +45,9 @@ class PageManager(FullAttentionManager):
         routed = kv_cache_spec.routed
         #: the column that every request has pages in
         self._lead = next((c for c in range(self._width) if c not in routed), 0)
-        self._others = [c for c in range(self._width) if c != self._lead]
+        self._all = np.arange(self._width)
+        self._is_other = self._all != self._lead
+        self._others = self._all[self._is_other]
         self._skippable = [(i, column) for i, column in enumerate(routed) if column not in (-1, self._lead)]
         self._window = 0
         self.pages = PagePool(self.block_pool)
@@ -136,17 +138,15 @@ class PageManager(FullAttentionManager):
         last = cdiv(num_tokens, self.block_size)
         if not new_computed_blocks:
             return self._number_of_pages(tracked, tracked.blocks, last)
-        leads = list(new_computed_blocks)
-        others = itertools.chain(*self._found_pages(tracked, leads, self._others))
-        evictable = self._get_num_evictable_blocks(leads) + self.pages.number_free(page for page in others if page)
-        return evictable + self._number_of_pages(tracked, len(leads), last)
+        found = self._found_pages(tracked, list(new_computed_blocks))
+        return self.pages.number_free(found[found > 0]) + self._number_of_pages(tracked, found.shape[1], last)
 
-    def _found_pages(
-        self, tracked: Tracked, leads: Sequence[KVCacheBlock], columns: Sequence[int]
-    ) -> list[list[int]]:  # fmt: skip
-        """`[columns][token blocks]`: the pages that the request takes over, 0 where it needs none."""
-        needed, cached = self.prefix.needed(tracked, len(leads)), [self.prefix.of(lead) for lead in leads]
-        return [[c.pages[k] for c in cached] if k in needed else [0] * len(cached) for k in columns]
+    def _found_pages(self, tracked: Tracked, leads: Sequence[KVCacheBlock]) -> np.ndarray:
+        """Pages that the request takes over, int32 `[G, token blocks]`; 0 where it needs none."""
+        needed = self.prefix.needed(tracked, len(leads))
+        found = np.zeros((self._width, len(leads)), np.int32)
+        found[needed] = np.stack([self.prefix.of(lead).pages for lead in leads], 1)[needed]
+        return found
 
     def _number_of_pages(self, tracked: Tracked, first: int, last: int) -> int:
         """Of token blocks `first` to `last` (exclusive); all layers' where a window reaches into them."""
@@ -166,19 +166,20 @@ class PageManager(FullAttentionManager):
             return
         tracked, leads = self._live[request_id], list(new_computed_blocks)
         assert not tracked.blocks
-        tracked.leads, tracked.columns = leads, self._found_pages(tracked, leads, range(self._width))
+        tracked.add(leads, self._found_pages(tracked, leads))
         tracked.found = tracked.offered = len(leads)
         tracked.found_sums = self._found_sums(tracked, leads)
-        self.block_pool.touch(leads)
-        self.pages.hold(self._pages_of(tracked, self._others))
+        self.pages.hold(leads, self._pages_of(tracked, self._others))
         self.token_slots += len(leads) * self.block_size
         self._grown[request_id] = tracked
         self._take_slot(request_id, tracked)
 
-    def _pages_of(self, tracked: Tracked, columns: Iterable[int]) -> list[int]:
+    def _pages_of(self, tracked: Tracked, columns: np.ndarray) -> np.ndarray:
         """Its last token block first: so far behind, a prefix is least likely to be asked for again."""
-        blocks = zip(*(reversed(tracked.columns[column]) for column in columns if tracked.columns), strict=True)
-        return [page for block in blocks for page in block if page]
+        if not tracked.blocks:
+            return np.zeros(0, np.int64)
+        pages = tracked.pages[columns, ::-1].T.ravel()
+        return pages[pages > 0].astype(np.int64)
 
     def _found_sums(self, tracked: Tracked, leads: Sequence[KVCacheBlock]) -> np.ndarray | None:
         """What the tokens of its window among the found ones have scored."""
@@ -200,22 +201,19 @@ class PageManager(FullAttentionManager):
         return self._take_slot(request_id, tracked) if is_new else []
 
     def _grow(self, tracked: Tracked, first: int, last: int) -> None:
-        if not tracked.columns:
-            tracked.columns = [[] for _ in range(self._width)]
         number = last - first
-        tracked.leads += (leads := self.pages.leads(number))
-        pages = self.pages.take(self._number_of_pages(tracked, first, last) - number)
+        leads, others = self.pages.take(number, self._number_of_pages(tracked, first, last) - number)
         if number >= _SORTED_FROM:
-            pages.sort()
-        tracked.columns[self._lead] += [lead.block_id for lead in leads]
-        dense = min(max(self._dense_blocks(tracked) - first, 0), number)
-        start = 0
-        for column in self._others:
-            count = dense if column in tracked.skipped else number
-            tracked.columns[column] += pages[start : start + count]
-            if count < number:
-                tracked.columns[column] += [0] * (number - count)
-            start += count
+            others.sort()
+        pages = np.zeros((self._width, number), np.int32)
+        pages[self._lead] = [lead.block_id for lead in leads]
+        if tracked.skipped:
+            wanted = self._is_other[:, None].repeat(number, 1)
+            wanted[list(tracked.skipped), max(self._dense_blocks(tracked) - first, 0) :] = False
+            pages[wanted] = others
+        else:
+            pages[self._others] = others.reshape(-1, number)  # a layer's pages lie side by side
+        tracked.add(leads, pages)
 
     def _take_slot(self, request_id: str, tracked: Tracked) -> list[KVCacheBlock]:
         if tracked.slot is None:
@@ -234,7 +232,9 @@ class PageManager(FullAttentionManager):
 
     def cache_blocks(self, request: Any, *_: Any, **__: Any) -> None:
         """vLLM calls it for every request that it schedules, if prefix caching is on."""
-        self._offer(self._live[request.request_id])
+        tracked = self._live[request.request_id]
+        if tracked.scheduled // self.block_size > tracked.offered:
+            self._offer(tracked)
 
     def _offer(self, tracked: Tracked) -> None:
         offered = tracked.offered
@@ -261,7 +261,7 @@ class PageManager(FullAttentionManager):
             self._free_slots.append(tracked.slot)
             self._freed_slots.append(tracked.slot.block_id)
         self.token_slots -= tracked.blocks * self.block_size
-        self.pages.release(self._pages_of(tracked, range(self._width)))
+        self.pages.release(self._pages_of(tracked, self._all), tracked.leads)
         tracked.let_go()
         if tracked.closed:
             del self._live[request_id]
@@ -307,7 +307,7 @@ class PageManager(FullAttentionManager):
         if not grown:
             return NewPages.none(self._width)
         counts = [tracked.blocks - tracked.told for tracked in grown]
-        pages = [np.array([column[t.told :] for column in t.columns], np.int32) for t in grown]
+        pages = [t.pages[:, t.told :] for t in grown]
         result = NewPages(
             np.array([t.slot.block_id for t in grown], np.int64),  # type: ignore[union-attr]
             np.array([t.told for t in grown], np.int64),
@@ -343,8 +343,8 @@ class PageManager(FullAttentionManager):
 
     def _release(self, tracked: Tracked) -> None:
         """Give the pages of skipped layers back: its window is complete."""
-        freed = self._pages_of(tracked, tracked.skipped)
-        for column in tracked.skipped:
-            tracked.columns[column] = [0] * tracked.blocks
+        skipped = np.array(list(tracked.skipped), np.int64)
+        freed = self._pages_of(tracked, skipped)
+        tracked.pages[skipped] = 0
         self.pages.release(freed)
         self.pages_released += len(freed)

@@ -1,79 +1,77 @@
 """Pages of vLLM's block pool, many at a time.
 
 A token block of a request takes a page per layer, so what vLLM does per block in Python (lists, hashes, events) would
-be done tens of times as often. Here all of that is done once per token block, to one of its pages, its *lead*, by
-vLLM's own methods. The others are taken from and given back to the pool's queue of free pages by two short loops.
+be done tens of times as often. Here that is done once per token block, to one of its pages, its *lead*, by vLLM's own
+methods. All pages are known by their numbers, and counted in arrays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
+import numpy as np
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from .. import compat
-
-if TYPE_CHECKING:
-    from .prefix import CachedBlock
+from .free import FreePages
 
 
 class PagePool:
+    """Page numbers are int64 `[n]`, all different, without 0."""
+
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
-        #: the cached token block that a page holds a part of; it may be free all the same
-        self._owners: list[CachedBlock | None] = [None] * pool.num_gpu_blocks
+        self.free = compat.replace_free_queue(pool, FreePages)
+        self._requests = np.zeros(pool.num_gpu_blocks, np.int32)  #: that hold each page
+        #: it holds a part of a cached token block, and perhaps nobody does: it is free
+        self.cached = np.zeros(pool.num_gpu_blocks, bool)
+        self._leads = np.zeros(pool.num_gpu_blocks, bool)  # those that vLLM's pool has a hash of
+        #: changes with every owner, so that a cached token block knows whether a page is still its own
+        self.owners = np.zeros(pool.num_gpu_blocks, np.int64)
+        self._last_owner = 0
 
-    def leads(self, number: int) -> list[KVCacheBlock]:
-        """Pages under which token blocks can be cached."""
-        pages = self._pool.get_new_blocks(number)
-        self._take_from_owners([page.block_id for page in pages])
-        return pages
+    def take(self, leads: int, others: int) -> tuple[list[KVCacheBlock], np.ndarray]:
+        """(pages under which token blocks can be cached, numbers of more pages); the pool has so many that are free.
 
-    def take(self, number: int) -> list[int]:
-        """Numbers of pages that nobody holds; the pool has so many. What was cached in them is lost."""
-        pages = compat.take_free_blocks(self._pool, number)
-        for page in pages:
-            page.ref_cnt = 1
-        numbers = [page.block_id for page in pages]
-        self._take_from_owners(numbers)
-        return numbers
+        What was cached in them is lost.
+        """
+        pages = self.free.take(leads + others)
+        for page in pages[self._leads[pages]].tolist():
+            compat.forget_cached(self._pool, self._pool.blocks[page])
+        self._last_owner += 1
+        self.owners[pages] = self._last_owner
+        self.cached[pages] = self._leads[pages] = False
+        self._requests[pages] = 1
+        blocks = [self._pool.blocks[page] for page in pages[:leads].tolist()]
+        compat.hand_out(self._pool, blocks)
+        return blocks, pages[leads:]
 
-    def _take_from_owners(self, numbers: Sequence[int]) -> None:
-        owners = self._owners
-        for number in numbers:
-            if (owner := owners[number]) is not None:
-                owners[number] = None
-                owner.lost.add(number)
+    def cache(self, pages: np.ndarray, leads: np.ndarray) -> None:
+        """They hold cached token blocks from now on; leads: those of `pages` that are."""
+        self.cached[pages] = True
+        self._leads[leads] = True
 
-    def hold(self, numbers: Iterable[int]) -> None:
+    def hold(self, leads: Sequence[KVCacheBlock], others: np.ndarray) -> None:
         """Cached pages that one more request reads."""
-        blocks = self._pool.blocks
-        for number in numbers:
-            page = blocks[number]
-            if not page.ref_cnt:
-                compat.take_out_of_queue(self._pool, page)
-            page.ref_cnt += 1
+        self._pool.touch(leads)  # takes them out of the queue
+        self.free.take_out(others[self._requests[others] == 0])
+        self._requests[others] += 1
+        self._requests[[lead.block_id for lead in leads]] += 1
 
-    def release(self, numbers: Iterable[int]) -> None:
-        """A request reads them no more, leads among them. The first are reused first; those that are cached last."""
-        blocks, owners = self._pool.blocks, self._owners
-        unknown: list[KVCacheBlock] = []
-        cached: list[KVCacheBlock] = []
-        for number in numbers:
-            page = blocks[number]
-            page.ref_cnt -= 1
-            if not page.ref_cnt:
-                (unknown if owners[number] is None else cached).append(page)
-        compat.give_blocks_back(self._pool, unknown, cached)
+    def release(self, pages: np.ndarray, leads: Sequence[KVCacheBlock] = ()) -> None:
+        """A request reads them no more; leads: those of `pages` that are. Reused first are those that are not cached.
 
-    def own(self, numbers: Iterable[int], owner: CachedBlock) -> None:
-        owners = self._owners
-        for number in numbers:
-            owners[number] = owner
+        Both parts keep their order: the first page is reused first.
+        """
+        for lead in leads:
+            lead.ref_cnt -= 1
+        self._requests[pages] -= 1
+        free = pages[self._requests[pages] == 0]
+        cached = self.cached[free]
+        self.free.give(free[~cached], last=False)
+        self.free.give(free[cached], last=True)
 
-    def number_free(self, numbers: Iterable[int]) -> int:
+    def number_free(self, pages: np.ndarray) -> int:
         """How many of these pages only the cache holds."""
-        blocks = self._pool.blocks
-        return sum(not blocks[number].ref_cnt for number in numbers)
+        return int((self._requests[pages] == 0).sum())

@@ -30,22 +30,21 @@ def decisions(sums: np.ndarray, count: int, cutoffs: np.ndarray) -> np.ndarray:
 
 
 class CachedBlock:
-    """The pages of one token block, one per column: 0 where its decisions skip a layer."""
+    """The pages of one token block, int32 `[G]`: 0 where its decisions skip a layer."""
 
-    __slots__ = ("key", "lead", "lost", "pages", "sums")
+    __slots__ = ("key", "lead", "owners", "pages", "sums")
 
-    def __init__(self, lead: KVCacheBlock, pages: list[int], sums: np.ndarray | None) -> None:
-        """sums: float64 `[R]`, of `w . x` up to the end of the block or window. None until heard, and behind that."""
-        self.lead, self.key, self.pages, self.sums = lead, lead.block_hash, pages, sums
-        self.lost: set[int] = set()  #: pages that other requests have now
+    def __init__(self, lead: KVCacheBlock, pages: np.ndarray, owners: np.ndarray, sums: np.ndarray | None) -> None:
+        """sums: float64 `[R]`, of `w . x` up to the end of the block or window. None until heard, and behind that.
+
+        owners: int64 `[G]`, of the pages now; those that have another one later are lost.
+        """
+        self.lead, self.key, self.pages, self.owners, self.sums = lead, lead.block_hash, pages, owners, sums
 
     @property
     def is_there(self) -> bool:
         """vLLM's pool takes the key from a lead that it hands to somebody else."""
         return self.lead.block_hash is self.key
-
-    def has(self, columns: Sequence[int]) -> bool:
-        return not self.lost or not any(self.pages[column] in self.lost for column in columns)
 
 
 class PrefixCache:
@@ -54,7 +53,7 @@ class PrefixCache:
     ) -> None:  # fmt: skip
         """window: `W`. lead: the page column that no request skips."""
         self._pool, self._pages, self._size, self._window = pool, pages, block_size, window
-        self._all, self._others = range(columns), [c for c in range(columns) if c != lead]
+        self._all, self._lead = np.arange(columns), lead
         self._by_lead: dict[int, CachedBlock] = {}
         #: hash of the block with the window's last token -> the block
         self._window_ends: dict[bytes, CachedBlock] = {}
@@ -117,16 +116,17 @@ class PrefixCache:
 
     def _usable(self, tracked: Tracked, found: list[CachedBlock]) -> list[CachedBlock]:
         """Up to the first block that lacks a page the request needs: any while its window is not complete."""
+        if not found:
+            return found
         needed = self.needed(tracked, len(found))
-        for number, cached in enumerate(found):
-            if not cached.has(needed):
-                return self._usable(tracked, found[:number])
-        return found
+        pages, owners = (np.stack([getattr(c, name) for c in found]) for name in ("pages", "owners"))
+        there = (self._pages.owners[pages[:, needed]] == owners[:, needed]).all(1)
+        return found if there.all() else self._usable(tracked, found[: int(there.argmin())])
 
-    def needed(self, tracked: Tracked, blocks: int) -> Sequence[int]:
+    def needed(self, tracked: Tracked, blocks: int) -> np.ndarray:
         """Page columns of the cached blocks that a request goes on from, if it begins with so many of them."""
         complete = tracked.keep is not None and blocks * self._size >= tracked.window_end
-        return [c for c in self._all if c not in tracked.skipped] if complete and tracked.skipped else self._all
+        return np.delete(self._all, list(tracked.skipped)) if complete and tracked.skipped else self._all
 
     def of(self, lead: KVCacheBlock) -> CachedBlock:
         """The block that `find` has just found."""
@@ -147,25 +147,26 @@ class PrefixCache:
         last = len(hashes) if tracked.window_end == self._window else tracked.window_end // size
         end = min(tracked.scheduled // size, last, len(hashes))
         inside = min(tracked.window_end // size, end)
-        self._add(tracked, tracked.request, tracked.offered, inside)
+        if inside > tracked.offered:
+            self._add(tracked, tracked.request, tracked.offered, inside)
         if tracked.keep is not None:
-            keyed = _Keyed(tracked.request, key_of(tracked), inside, end)
-            self._add(tracked, keyed, max(tracked.offered, inside), end)
+            if end > (first := max(tracked.offered, inside)):
+                self._add(tracked, _Keyed(tracked.request, key_of(tracked), inside, end), first, end)
         else:
             for block in range(inside + len(tracked.undecided), end):
                 tracked.undecided.append(hashes[block])
                 self._undecided[hashes[block]] += 1
 
     def _add(self, tracked: Tracked, request: Any, first: int, last: int) -> None:
-        if last <= first:
-            return
         self._pool.cache_full_blocks(request, tracked.leads, first, last, self._size, 0)
         window_end = (self._window - 1) // self._size
-        new = zip(*(column[first:last] for column in tracked.columns), strict=True)
-        for block, pages in enumerate(new, first):
-            lead = tracked.leads[block]
-            cached = self._by_lead[lead.block_id] = CachedBlock(lead, list(pages), tracked.sums.get(block))
-            self._pages.own(pages, cached)
+        new = tracked.pages[:, first:last].T.copy()
+        owners = self._pages.owners[new]
+        self._pages.cache(new[new > 0] if tracked.skipped else new.ravel(), new[:, self._lead])
+        for block in range(first, last):
+            lead, row = tracked.leads[block], block - first
+            cached = CachedBlock(lead, new[row], owners[row], tracked.sums.get(block))
+            self._by_lead[lead.block_id] = cached
             if block <= window_end:
                 if cached.sums is None:
                     tracked.awaited.setdefault(block, []).append(cached)

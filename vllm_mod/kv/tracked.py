@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
+_NO_PAGES = np.zeros((0, 0), np.int32)
+
 
 class OwnedHashes(list[Any]):
     """A request's block hashes, by which a lookup in the prefix cache knows whose they are.
@@ -48,7 +50,7 @@ class Tracked:
     serial: int = 0
     slot: KVCacheBlock | None = None
     leads: list[KVCacheBlock] = field(default_factory=list)  #: of its token blocks, see `pool`
-    columns: list[list[int]] = field(default_factory=list)  #: all pages `[G][token blocks]`; 0 where a layer is skipped
+    table: np.ndarray = field(default_factory=lambda: _NO_PAGES)  #: int32 `[G, token blocks or more]`: see `pages`
     found: int = 0  #: token blocks of the prefix cache that it began with
     found_sums: np.ndarray | None = None  #: their scores
     told: int = 0  #: token blocks whose pages workers know
@@ -64,6 +66,22 @@ class Tracked:
         """Token blocks that it has pages for."""
         return len(self.leads)
 
+    @property
+    def pages(self) -> np.ndarray:
+        """All of them, int32 `[G, token blocks]`; 0 where a layer is skipped."""
+        return self.table[:, : len(self.leads)]
+
+    def add(self, leads: Sequence[KVCacheBlock], pages: np.ndarray) -> None:
+        """More token blocks; pages: `[G, n]`, those of the leads among them."""
+        first, last = len(self.leads), len(self.leads) + len(leads)
+        if last > self.table.shape[1]:
+            table = np.zeros((len(pages), max(last, 2 * first)), np.int32)
+            if first:
+                table[:, :first] = self.table[:, :first]
+            self.table = table
+        self.table[:, first:last] = pages
+        self.leads += leads
+
     def decide(self, keep: np.ndarray) -> None:
         """keep: bool `[R]`."""
         self.keep = keep
@@ -72,6 +90,6 @@ class Tracked:
     def let_go(self) -> None:
         """It has no pages any more: it has ended, or is preempted."""
         self.deciding = self.keep is None and 0 < self.window_end <= self.dispatched
-        self.slot, self.leads, self.columns, self.found_sums = None, [], [], None
+        self.slot, self.leads, self.table, self.found_sums = None, [], _NO_PAGES, None
         self.found = self.told = self.scheduled = self.dispatched = self.offered = self.certain = 0
         self.waits, self.sums = False, {}

@@ -8,6 +8,7 @@ where a recomputation would give the same numbers.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -269,16 +270,16 @@ class Simulation:
         """Each page is free or referenced, as often as it is counted; slots are nobody's twice."""
         pool = self.kv.block_pool
         held = np.zeros(pool.num_gpu_blocks, int)
-        slots = []
+        slots, leads = [], Counter[int]()
         for tracked in self.manager._live.values():
-            for column in tracked.columns:
-                for page in column:
-                    held[page] += page > 0
+            np.add.at(held, tracked.pages[tracked.pages > 0], 1)
+            leads.update(lead.block_id for lead in tracked.leads)
             if tracked.slot is not None:
                 slots.append(tracked.slot.block_id)
         free = {page.block_id for page in pool.free_block_queue.get_all_free_blocks()}
+        assert (self.manager.pages._requests == held).all()
+        assert free == set(np.flatnonzero(held[1:] == 0) + 1) and len(free) == pool.get_num_free_blocks()
         for page in pool.blocks[1:]:
-            assert page.ref_cnt == held[page.block_id], page
-            assert (page.block_id in free) == (page.ref_cnt == 0), page
+            assert page.ref_cnt == leads[page.block_id], page  # vLLM counts leads alone
         assert len(slots) == len(set(slots))
         assert len(self.running) == len(slots)
