@@ -14,7 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vllm_mod.config import ConfigError, ModConfig, mod_architecture
+from vllm_mod.architectures import architecture_of
+from vllm_mod.checkpoint import BaseShape
+from vllm_mod.config import ConfigError, ModConfig
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("vllm", "vllm-mod", "torch", "transformers")
@@ -81,8 +83,9 @@ def routed_config(
     if threshold is not None:
         settings["threshold"] = threshold
     mod = ModConfig.parse(settings, "benchmark")
-    mod.check_fits(config["num_hidden_layers"])
-    architectures = [mod_architecture(config["architectures"][0])]
+    shape = BaseShape.of(config, str(base / "config.json"))
+    mod.check_fits(shape.num_layers, shape.num_experts, shape.dense_layers)
+    architectures = [architecture_of(shape.architecture).routed]
     return _write_config(directory, config | {"architectures": architectures, "mod_config": mod.to_dict()})
 
 

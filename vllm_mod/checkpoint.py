@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .config import ConfigError, ModConfig, mod_architecture
+from .architectures import architecture_of
+from .config import ConfigError, ModConfig
 from .files import (
     ADAPTER_FILES,
     CONFIG_FILE,
@@ -51,26 +52,31 @@ class BaseShape:
     num_experts: int | None
     #: layers that have one dense MLP, of a model with experts in the others
     dense_layers: tuple[int, ...] = ()
+    #: a sublayer's output is multiplied by it before it is added to the residual stream
+    residual_multiplier: float = 1.0
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], where: str) -> BaseShape:
+    def of(cls, config: Mapping[str, Any], where: str, architecture: str | None = None) -> BaseShape:
+        """config: a file's, or a loaded config's `to_dict()`. architecture: where `config` may not name it.
+
+        Raises ConfigError, on an architecture that is not supported, too.
+        """
+        name = architecture or (config.get("architectures") or ["?"])[0]
         try:
-            num_layers, num_experts = config["num_hidden_layers"], num_experts_of(config)
-            dense_first, every = config.get("first_k_dense_replace") or 0, config.get("moe_layer_freq") or 1
+            row = architecture_of(name)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+        try:
             return cls(
-                architecture=(config.get("architectures") or ["?"])[0],
-                num_layers=num_layers,
+                architecture=name,
+                num_layers=config["num_hidden_layers"],
                 hidden_size=config["hidden_size"],
-                num_experts=num_experts,
-                dense_layers=tuple(i for i in range(num_layers) if num_experts and (i < dense_first or i % every)),
+                num_experts=row.num_experts(config),
+                dense_layers=row.dense_layers(config),
+                residual_multiplier=row.multiplier(config),
             )
         except KeyError as key:
             raise ConfigError(f"{where}: key {key} is missing; is this a decoder-only model?") from None
-
-
-def num_experts_of(config: Mapping[str, Any]) -> int | None:
-    """Routed experts per MoE layer as `config.json` says; None of a dense model."""
-    return config.get("num_experts") or config.get("n_routed_experts")
 
 
 def is_router_only(directory: Path) -> bool:
@@ -185,7 +191,7 @@ def write_checkpoint(
     base, output = Path(base), Path(output)
     base_config = read_json(base / CONFIG_FILE)
     shape = BaseShape.of(base_config, str(base / CONFIG_FILE))
-    architecture = mod_architecture(shape.architecture)
+    architecture = architecture_of(shape.architecture).routed
     tensors = named_tensors(routers, patches)
     check_routers(tensors, config, shape, "routers")
     weights = base_weight_map(base)

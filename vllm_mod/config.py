@@ -29,16 +29,6 @@ Granularity = Literal[
 ]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 
-#: Base architecture (`config.json: architectures`) -> the one a routed checkpoint names.
-ARCHITECTURES: dict[str, str] = {
-    "LlamaForCausalLM": "LlamaMoDForCausalLM",
-    "MistralForCausalLM": "MistralMoDForCausalLM",
-    "Qwen2ForCausalLM": "Qwen2MoDForCausalLM",
-    "Qwen3ForCausalLM": "Qwen3MoDForCausalLM",
-    "OlmoeForCausalLM": "OlmoeMoDForCausalLM",
-    "DeepseekForCausalLM": "DeepseekMoDForCausalLM",
-}
-
 
 def _numbers(value: Any, check: Callable[[float], None]) -> float | tuple[float, ...]:
     """One number, or one per layer, each of them checked."""
@@ -262,12 +252,3 @@ def default_layers(num_layers: int) -> list[int]:
         raise ConfigError(f"a model of {num_layers} layer(s) has none to route")
     last = num_layers - 2
     return list(range(max(last - num_layers // 2 + 1, 0), last + 1))
-
-
-def mod_architecture(base: str) -> str:
-    """The routed counterpart of a base architecture; raises ConfigError listing what is supported."""
-    if base in ARCHITECTURES.values():
-        return base
-    if base not in ARCHITECTURES:
-        raise ConfigError(f"architecture {base!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[base]

@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable
 from importlib.metadata import entry_points
 
-from .config import ARCHITECTURES, ConfigError
+from .architectures import ARCHITECTURES
+from .config import ConfigError
 
 GROUP = "vllm.general_plugins"
 ENTRY_POINT = "vllm_mod:register"
@@ -45,7 +46,8 @@ def architectures() -> str:
 
     register()
     known = ModelRegistry.get_supported_archs()
-    if missing := [name for name in ARCHITECTURES.values() if name not in known or not hasattr(models, name)]:
+    routed = [row.routed for row in ARCHITECTURES.values()]
+    if missing := [name for name in routed if name not in known or not hasattr(models, name)]:
         raise ConfigError(f"not registered: {', '.join(missing)}")
     return ", ".join(ARCHITECTURES)
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
-from .checkpoint import BaseShape, num_experts_of, read_routers
+from .checkpoint import read_routers
 from .compilation import set_compilation
 from .config import ConfigError, ModConfig
 from .hooks import ChainedHook, refuse_other_formats
 from .interfaces import check_vllm
-from .plan import plan_of
+from .plan import plan_of, shape_of
 from .request_check import check_requests
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class MoDEngineConfig(ChainedHook):
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
         super().verify_and_update_config(vllm_config)
-        check_vllm(bool(num_experts_of(vllm_config.model_config.hf_text_config.to_dict())))
+        check_vllm(bool(shape_of(vllm_config).num_experts))
         refuse_other_formats(vllm_config)
         plan = plan_of(vllm_config)
         config = plan.config
@@ -49,6 +49,7 @@ class MoDEngineConfig(ChainedHook):
         if vllm_config.model_config.runner_type == "generate" and vllm_config.speculative_config is None:
             check_requests(vllm_config.model_config, plan)
         log_routing(vllm_config, config)
+        warn_of_long_factors(vllm_config.model_config)
 
 
 def check_routers(vllm_config: VllmConfig, config: ModConfig) -> None:
@@ -56,8 +57,7 @@ def check_routers(vllm_config: VllmConfig, config: ModConfig) -> None:
     directory = Path(vllm_config.model_config.model)
     if vllm_config.load_config.load_format in OWN_FILES or not directory.is_dir():
         return  # a hub checkpoint is checked while it is loaded
-    hf = vllm_config.model_config.hf_text_config
-    read_routers(directory, config, BaseShape.of(hf.to_dict(), str(directory / "config.json")))
+    read_routers(directory, config, shape_of(vllm_config))
 
 
 def refuse_what_cannot_work(vllm_config: VllmConfig, config: ModConfig) -> None:
@@ -84,7 +84,7 @@ def refuse_what_cannot_work(vllm_config: VllmConfig, config: ModConfig) -> None:
             "routed models cannot be served with a prefill that leaves out layers which share a KV cache; "
             "drop --kv-sharing-fast-prefill"
         )
-    if num_experts_of(vllm_config.model_config.hf_text_config.to_dict()) and config.target != "attn":
+    if shape_of(vllm_config).num_experts and config.target != "attn":
         _refuse_for_experts(vllm_config, config)
     window, max_len = vllm_config.model_config.get_sliding_window(), vllm_config.model_config.max_model_len
     if config.packs_kv and window and window < max_len and (sliding := _sliding_layers(vllm_config, config)):
@@ -115,7 +115,7 @@ def experts_without_adapters(vllm_config: VllmConfig) -> bool:
     """LoRA is on, the model has routed experts, and vLLM has no kernel that would give these an adapter (CPU)."""
     from vllm.platforms import current_platform
 
-    experts = num_experts_of(vllm_config.model_config.hf_text_config.to_dict())
+    experts = shape_of(vllm_config).num_experts
     return bool(experts) and vllm_config.lora_config is not None and current_platform.is_cpu()
 
 
@@ -218,3 +218,18 @@ def log_routing(vllm_config: VllmConfig, config: ModConfig) -> None:
         one = len(set(config.limits)) == 1
         text = str(config.limits[0]) if one else ", ".join(f"{limit:g}" for limit in config.limits)
         logger.info("%s: kept where %s >= %s", config.granularity, score, text)
+
+
+def warn_of_long_factors(model: Any) -> None:
+    """Of longrope: vLLM takes them wherever long requests are admitted, transformers where this one is long."""
+    rope = getattr(model.hf_text_config, "rope_parameters", None) or {}
+    length = getattr(model.hf_text_config, "original_max_position_embeddings", None)
+    length = rope.get("original_max_position_embeddings", length)
+    if rope.get("rope_type") == "longrope" and length and model.max_model_len > length:
+        logger.warning(
+            "max_model_len %d: vLLM takes the rotary factors for more than %d tokens for short requests, too; routers "
+            "trained on shorter samples have seen the others: --max-model-len %d serves what was trained",
+            model.max_model_len,
+            length,
+            length,
+        )

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from .config import ARCHITECTURES, ConfigError
+from .architectures import ARCHITECTURES
+from .config import ConfigError
 from .files import HF_FORMAT_FLAGS, refuse_mistral_files
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 #: and vLLM's wrappers of transformers models.
 STOCK_ARCHITECTURES = (
     *ARCHITECTURES,
-    "MixtralForCausalLM",
     "MistralLarge3ForCausalLM",
     "PixtralForConditionalGeneration",
     "TransformersForCausalLM",

@@ -17,8 +17,10 @@ class _Matrix(nn.Module):
 class Patch(nn.Module):
     """`P(x) = U (D x) + b`; `bias` `[hidden]`, `down.weight` `[rank, hidden]`, `up.weight` `[hidden, rank]`."""
 
-    def __init__(self, hidden_size: int, rank: int, dtype: torch.dtype) -> None:
+    def __init__(self, hidden_size: int, rank: int, dtype: torch.dtype, scale: float = 1.0) -> None:
+        """scale: of what is returned, where the model multiplies it again before it is added to the residual."""
         super().__init__()
+        self.scale = scale
         self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=dtype), requires_grad=False)
         self.down = _Matrix(rank, hidden_size, dtype) if rank else None
         self.up = _Matrix(hidden_size, rank, dtype) if rank else None
@@ -26,5 +28,7 @@ class Patch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: `[rows, hidden]`, the sublayer's normed input. Returns the same shape."""
         if self.down is None or self.up is None:
-            return apply_patch(x, self.bias)
-        return apply_patch(x, self.bias, self.down.weight, self.up.weight)
+            patch = apply_patch(x, self.bias)
+        else:
+            patch = apply_patch(x, self.bias, self.down.weight, self.up.weight)
+        return patch if self.scale == 1.0 else patch * self.scale

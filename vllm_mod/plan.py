@@ -28,7 +28,7 @@ def plan_of(vllm_config: Any) -> Plan:
     if data is None:
         raise ConfigError(f"{where} is missing; architecture {model.hf_text_config.architectures} needs it")
     stored: ModConfig = ModConfig.parse(data, where)
-    shape = BaseShape.of(model.hf_text_config.to_dict(), where)
+    shape = shape_of(vllm_config)
     stored.check_fits(shape.num_layers, shape.num_experts, shape.dense_layers)
     knobs = EngineKnobs.from_additional_config(vllm_config.additional_config)
     config = knobs.apply(stored)
@@ -36,6 +36,12 @@ def plan_of(vllm_config: Any) -> Plan:
     if knobs.under_load is not None:
         _check_table(table, knobs.under_load, len(config.layers))
     return Plan(config, knobs, shape, table)
+
+
+def shape_of(vllm_config: Any) -> BaseShape:
+    """Of the config as vLLM has loaded it. Raises ConfigError."""
+    model = vllm_config.model_config
+    return BaseShape.of(model.hf_text_config.to_dict(), f"{model.model}/config.json")
 
 
 def _table(model: Any, config: ModConfig) -> Calibration | None:

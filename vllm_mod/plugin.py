@@ -5,7 +5,7 @@ Nothing here touches a device, and calling it twice changes nothing.
 
 from __future__ import annotations
 
-from .config import ARCHITECTURES
+from .architectures import ARCHITECTURES
 
 
 def register_models() -> None:
@@ -17,8 +17,8 @@ def register_models() -> None:
     from .hooks import STOCK_ARCHITECTURES, StockHook
 
     register_config()
-    for base, routed in ARCHITECTURES.items():
-        ModelRegistry.register_model(routed, f"vllm_mod.models:{routed}")
-        set_config_hook(routed, MoDEngineConfig.over(config_hook(base)))
+    for base, row in ARCHITECTURES.items():
+        ModelRegistry.register_model(row.routed, f"vllm_mod.models:{row.routed}")
+        set_config_hook(row.routed, MoDEngineConfig.over(config_hook(base)))
     for name in STOCK_ARCHITECTURES:
         set_config_hook(name, StockHook.over(config_hook(name)))

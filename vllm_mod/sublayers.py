@@ -63,6 +63,8 @@ class _Routed:
     routing: Routing
     name: str
     patch: Patch | None  #: what a row that skips adds instead
+    #: what the output goes through here instead of in the decoder layer, so that a patch does not
+    post_norm: nn.Module | None = None
     reduce_after: bool  #: the stock all-reduce was taken out, `run` does it on the full batch
 
     def run(self, output: Tensor, *inputs: Tensor) -> None:
@@ -73,10 +75,13 @@ class _Routed:
         else:
             self._compact(step, output, *inputs)
 
-    def _reduce(self, output: Tensor) -> None:
+    def _on_all_rows(self, output: Tensor) -> None:
+        """What remains of the stock sublayer once rows that skip are zero."""
         if self.reduce_after:
             # Only now, on all rows: ranks can never wait for each other, whatever each of them kept.
             output.copy_(tensor_model_parallel_all_reduce(output))
+        if self.post_norm is not None:
+            output.copy_(self.post_norm(output))
 
     def _compact(self, step: Step | None, output: Tensor, *inputs: Tensor) -> None:
         x = inputs[-1]
@@ -86,12 +91,12 @@ class _Routed:
             kept = step.kept(self.route, x, self.with_attention, self.routing.whole_block)
         if kept.all:
             output.copy_(self.stock_forward(*inputs))  # type: ignore[attr-defined]
-            self._reduce(output)
+            self._on_all_rows(output)
             return
         output.zero_()
         if kept.subset is not None:
             output.index_copy_(0, kept.subset.tokens, self._kept_rows(kept.subset, *inputs))
-        self._reduce(output)
+        self._on_all_rows(output)
         if self.patch is not None:
             assert step is not None
             _add_patch(self.patch, kept, step.rows.num_tokens, x, output)
@@ -104,7 +109,7 @@ class _Routed:
         result = self.masked_stock_forward(step, *inputs)  # type: ignore[attr-defined]
         output[rows:].zero_()
         torch.where(keep[:, None], result[:rows], result.new_zeros(()), out=output[:rows])
-        self._reduce(output)
+        self._on_all_rows(output)
         if self.patch is not None:
             torch.where(keep[:, None], output[:rows], self.patch(inputs[-1][:rows]), out=output[:rows])
 
@@ -239,6 +244,22 @@ def _route(
     module.__dict__["patch"] = route.router.patch if patched else None
     module.reduce_after = _take_out_all_reduce(module)  # type: ignore[assignment]
     forward_context[name] = module
+
+
+class _PassedOn:
+    """Before the class of a norm that was applied already."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def norm_inside(module: nn.Module, norm: Any) -> None:
+    """Let a routed sublayer's output go through `norm`, which the decoder layer applies to it, before a patch is added.
+
+    `norm` keeps its parameters, and its place in the layer, where it does nothing from now on.
+    """
+    module.__dict__["post_norm"] = with_own_kernel(norm)  # they share the parameters
+    swap_class(norm, _PassedOn)
 
 
 def _use_kernels(module: nn.Module) -> None:

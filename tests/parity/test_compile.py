@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 
+from tests.support.architectures import DENSE, EXPERTS
 from tests.support.models import routed_checkpoint, tiny_model
 
 from .harness import assert_equals_reference, engine, generate, random_prompts
 from .test_llama import ROUTED, STATIC
-from .test_moe import SHAPES
 
-CASES: list[tuple[str, str, dict[str, Any]]] = [("llama", granularity, {}) for granularity in ROUTED + STATIC]
+SHAPES = DENSE | EXPERTS
+CASES: list[Any] = [("llama", granularity, {}) for granularity in ROUTED + STATIC]
 # On the CPU the compiler traces into stock MoE layers.
 CASES += [
     ("olmoe", "expert_token", {}),
@@ -21,6 +22,13 @@ CASES += [
 ]
 WINDOWED = {"version": 2, "window": 24, "patch": {"rank": 4}}
 CASES += [("llama", "attn_sequence", WINDOWED), ("llama", "block_sequence", WINDOWED)]
+
+
+#: What is added otherwise than in Llama, and a patch beside it.
+PATCHED = [("granite", "block_sequence"), ("gemma2", "attn_sequence"), ("gemma3_text", "mlp_token")]
+CASES += [
+    pytest.param(*case, {"version": 2, "patch": {"rank": 4}}, marks=pytest.mark.slow) for case in PATCHED
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("model", "granularity", "config"), CASES)

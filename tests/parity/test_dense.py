@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.architectures import DENSE as SHAPES
+from tests.support.architectures import WINDOW
 from tests.support.models import routed_checkpoint, tiny_model
 from vllm_mod.config import ConfigError
 
@@ -23,14 +25,13 @@ LAYERS = [1, 2, 3]
 LENGTHS = (3, 40, 1, 70, 33, 100)
 DYNAMIC = ["attn_token", "attn_sequence", "mlp_token", "mlp_sequence", "block_token", "block_sequence"]
 GRANULARITIES = [*DYNAMIC, "attn_static", "mlp_static", "block_static"]
-WINDOW = 24
-#: GQA ratios 4, 1 and 2; heads of their own size where the architecture has them; a window in every layer of Mistral.
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen2": {"hidden_size": 128, "num_key_value_heads": 1, "head_dim": None, "tie_word_embeddings": True},
-    "qwen3": {"num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": True},
-    "mistral": {"num_key_value_heads": 2, "head_dim": 32, "sliding_window": WINDOW},
-}
-CASES = [(model, granularity) for model in SHAPES for granularity in GRANULARITIES]
+#: Each granularity once per `make test` is enough for what architectures share; see `test_architectures` for the rest.
+QUICK = ("qwen2", "qwen3", "mistral")
+CASES = [
+    pytest.param(model, granularity, marks=() if model in QUICK else pytest.mark.slow, id=f"{model}-{granularity}")
+    for model in SHAPES
+    for granularity in GRANULARITIES
+]
 
 
 def _checkpoint(tmp_path: Path, model: str, granularity: str, **overrides: Any) -> Path:
@@ -42,7 +43,7 @@ def _checkpoint(tmp_path: Path, model: str, granularity: str, **overrides: Any) 
 def test_parity(tmp_path: Path, model: str, granularity: str) -> None:
     # Packed KV has no place for a window shorter than the context: that is refused, see below.
     packed = granularity in ("attn_token", "block_token")
-    options = {"max_model_len": WINDOW} if model == "mistral" and packed else {}
+    options = {"max_model_len": WINDOW} if packed and "sliding_window" in SHAPES[model] else {}
     checkpoint = _checkpoint(tmp_path, model, granularity)
     prompts = random_prompts([n % WINDOW or 1 for n in LENGTHS] if options else LENGTHS)
     new_tokens = [min(16, WINDOW - len(p)) for p in prompts] if options else 16
@@ -90,7 +91,7 @@ def test_packed_kv_refuses_a_window_shorter_than_the_context(tmp_path: Path, gra
         pass
 
 
-@pytest.mark.parametrize("model", SHAPES)
+@pytest.mark.parametrize("model", QUICK)
 def test_threshold_0_is_stock(tmp_path: Path, model: str) -> None:
     checkpoint = _checkpoint(tmp_path, model, "block_sequence")
     answers = []

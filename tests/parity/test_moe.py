@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.architectures import EXPERTS as SHAPES
 from tests.support.models import routed_checkpoint, tiny_model
 
 from .harness import (
@@ -34,26 +35,13 @@ DYNAMIC = [
 STATIC = ["attn_static", "mlp_static", "block_static"]
 GRANULARITIES = [*DYNAMIC, *STATIC]
 CACHING = ["mlp_token", "expert_token", *STATIC]  #: cached prefixes may be used
-SHAPES: dict[str, dict[str, Any]] = {
-    "olmoe": {
-        "hidden_size": 128,
-        "head_dim": None,
-        "num_key_value_heads": 4,
-        "intermediate_size": 64,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-    },
-    "deepseek": {
-        "hidden_size": 128,
-        "head_dim": None,
-        "num_key_value_heads": 2,
-        "first_k_dense_replace": 1,
-        "moe_intermediate_size": 64,
-        "n_routed_experts": 8,
-        "n_shared_experts": 2,
-        "num_experts_per_tok": 3,
-    },
-}
+#: Each granularity once per `make test` is enough for what architectures share; see `test_architectures` for the rest.
+QUICK = ("olmoe", "deepseek")
+CASES = [
+    pytest.param(model, granularity, marks=() if model in QUICK else pytest.mark.slow, id=f"{model}-{granularity}")
+    for model in SHAPES
+    for granularity in GRANULARITIES
+]
 
 
 def _checkpoint(tmp_path: Path, model: str, granularity: str, **config: Any) -> Path:
@@ -66,8 +54,7 @@ def _generate(checkpoint: Path, mod: dict[str, Any] | None = None) -> list[Answe
         return generate(llm, random_prompts((5, 40, 90)), 12)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("model", SHAPES)
+@pytest.mark.parametrize(("model", "granularity"), CASES)
 def test_parity(tmp_path: Path, model: str, granularity: str) -> None:
     checkpoint = _checkpoint(tmp_path, model, granularity)
     prompts = random_prompts(LENGTHS)
@@ -88,7 +75,7 @@ def test_parity(tmp_path: Path, model: str, granularity: str) -> None:
         assert 0 < kept.float().mean() < 1
 
 
-@pytest.mark.parametrize("model", SHAPES)
+@pytest.mark.parametrize("model", QUICK)
 def test_skipped_pairs_are_not_computed(tmp_path: Path, model: str) -> None:
     """The rows that reach the fused kernel are the kept (token, expert) pairs, and the counters say so."""
     checkpoint = _checkpoint(tmp_path, model, "expert_token")
@@ -145,7 +132,7 @@ def test_pairs_stay_in_their_places_where_experts_have_adapters(tmp_path: Path) 
     assert int((pairs != 0).sum()) == kept < len(pairs)
 
 
-@pytest.mark.parametrize("model", SHAPES)
+@pytest.mark.parametrize("model", QUICK)
 def test_experts_at_the_ends_of_the_threshold(tmp_path: Path, model: str) -> None:
     """0 is the stock model; at 1 no routed expert runs, shared experts still do."""
     checkpoint = _checkpoint(tmp_path, model, "expert_token")

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 
+from tests.support.architectures import DENSE, EXPERTS
 from tests.support.models import routed_checkpoint, tiny_model
 from tests.support.workers import negate_routers_of_rank_1
 
 from .harness import assert_equals_reference, assert_same, counter, engine, generate, random_prompts
-from .test_moe import SHAPES
 
+SHAPES = DENSE | EXPERTS
 LAYERS = [1, 2, 4, 5, 6]  # on both pipeline ranks
 PARALLEL: dict[str, dict[str, Any]] = {
     "tp": {"tensor_parallel_size": 2},
@@ -50,6 +51,25 @@ def test_two_processes(
         assert kept == (1 + bool(config)) * sum(int(d[i]) for d in decisions for i in LAYERS)
 
 
+PATCH = {"patch": {"rank": 4}}
+
+
+@pytest.mark.parametrize(
+    ("parallel", "model", "granularity", "more"),
+    [
+        ("tp", "phi3", "mlp_token", {}),
+        ("tp", "granite", "block_token", PATCH),
+        ("tp", "gemma2", "attn_sequence", PATCH),
+        ("tp", "gemma3_text", "mlp_sequence", PATCH),
+        ("pp", "gemma2", "block_sequence", {}),
+    ],
+)
+def test_other_dense_models_on_two_ranks(
+    tmp_path: Path, parallel: str, model: str, granularity: str, more: dict[str, Any]
+) -> None:
+    assert_two_ranks_equal_the_reference(tmp_path, parallel, model, granularity, **more)
+
+
 @pytest.mark.parametrize(
     ("parallel", "model", "granularity"),
     [
@@ -59,11 +79,21 @@ def test_two_processes(
         ("tp", "deepseek", "block_token"),
         ("pp", "olmoe", "expert_token"),
         ("pp", "deepseek", "expert_token"),
+        ("tp", "mixtral", "expert_token"),
+        ("pp", "mixtral", "mlp_static"),
+        ("tp", "qwen3_moe", "expert_token"),
+        ("pp", "qwen3_moe", "expert_token"),
     ],
 )
 def test_experts_on_two_ranks(tmp_path: Path, parallel: str, model: str, granularity: str) -> None:
+    assert_two_ranks_equal_the_reference(tmp_path, parallel, model, granularity)
+
+
+def assert_two_ranks_equal_the_reference(
+    tmp_path: Path, parallel: str, model: str, granularity: str, **config: Any
+) -> None:
     base = tiny_model(tmp_path / "base", model, num_hidden_layers=5, **SHAPES[model])
-    checkpoint = routed_checkpoint(base, tmp_path / "c", granularity, [1, 2, 3])
+    checkpoint = routed_checkpoint(base, tmp_path / "c", granularity, [1, 2, 3], **config)
     prompts = random_prompts((3, 40, 17, 70))
     with engine(checkpoint, **PARALLEL[parallel]) as llm:
         answers = generate(llm, prompts, 12)

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.models import tiny_llama
+from tests.support.architectures import DENSE, EXPERTS
+from tests.support.models import tiny_model
 
 from .harness import Answer, assert_equals_reference, assert_same, engine, generate, random_prompts
 
 LAYERS = [2, 4, 5]
+SHAPES = DENSE | EXPERTS
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +49,16 @@ def generate_with(llm: object, adapter: Path, prompts: list[list[int]], max_toke
     ]
 
 
-@pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token", "mlp_token"])
-def test_merged_and_adapter_are_served_the_same(data: Path, tmp_path: Path, granularity: str) -> None:
-    base = tiny_llama(tmp_path / "base")
+CASES = [("llama", granularity) for granularity in ("attn_sequence", "attn_token", "mlp_token")]
+#: Fused linears, outputs that are multiplied or normed before they are added, experts.
+SLOW = [(model, "attn_sequence") for model in ("phi3", "granite", "gemma2", "gemma3_text", "qwen3_moe", "mixtral")]
+
+
+@pytest.mark.parametrize(
+    ("model", "granularity"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+)
+def test_merged_and_adapter_are_served_the_same(data: Path, tmp_path: Path, model: str, granularity: str) -> None:
+    base = tiny_model(tmp_path / "base", model, **SHAPES.get(model, {}))
     merged = train(base, data, tmp_path / "merged", granularity, "merged")
     unmerged = train(base, data, tmp_path / "unmerged", granularity, "adapter")
     prompts = random_prompts((3, 40, 17, 70, 33, 90), seed=4)

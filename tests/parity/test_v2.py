@@ -30,7 +30,10 @@ QUICK = {
 SLOW = {
     ("test_rehearsal.py",): "not [block_token and not [patched] and not [patched-",
     ("test_dense.py",): "test_parity and (qwen2 or mistral) and not static",
+    ("test_dense.py", "test_architectures.py"): "(test_parity or test_windows) and (phi3 or granite) and not static",
+    ("test_architectures.py", "test_dense.py"): "(test_parity or test_windows) and gemma and not static",
     ("test_moe.py",): "test_parity and olmoe and not static",
+    ("test_moe.py", "test_architectures.py"): "(test_parity or test_windows) and (qwen3_moe or mixtral) and not static",
     ("test_window.py", "test_patches.py"): (
         "(test_chunks and (mlp_sequence or block_sequence) and (24 or 4096))"
         " or (test_one_token_per_step and attn_sequence) or (test_preemption and 24) or test_parity"

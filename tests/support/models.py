@@ -75,8 +75,8 @@ def tiny_model(path: Path, model_type: str, *, seed: int = 0, **overrides: Any) 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
     for name, parameter in model.named_parameters():
-        if name.endswith(".bias"):  # zero as made: a bias that is lost would go unnoticed
-            torch.nn.init.normal_(parameter, std=0.2)
+        if not parameter.any():  # zero as made, a bias or a norm of Gemma's: one that is lost would go unnoticed
+            torch.nn.init.normal_(parameter, std=0.2 if name.endswith(".bias") else 1.0)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.models import edit_json
 from vllm_mod import checkpoint
+from vllm_mod.architectures import ARCHITECTURES
 from vllm_mod.checkpoint import (
     INDEX_FILE,
     ROUTER_CONFIG_FILE,
@@ -29,7 +30,7 @@ from vllm_mod.checkpoint import (
     write_mod_config,
     write_routers,
 )
-from vllm_mod.config import ARCHITECTURES, ConfigError, ModConfig
+from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.tensors import Patch
 
 SHAPE = BaseShape("LlamaForCausalLM", num_layers=6, hidden_size=8, num_experts=None)

@@ -10,13 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_mod.config import (
-    ARCHITECTURES,
     GRANULARITIES,
     ConfigError,
     ModConfig,
     default_layers,
     logit,
-    mod_architecture,
 )
 
 GOOD = {"version": 1, "granularity": "attn_sequence", "layers": [2, 3]}
@@ -247,13 +245,6 @@ def test_default_layers_of_the_design():
     assert default_layers(32) == list(range(15, 31))
     with pytest.raises(ConfigError, match="has none to route"):
         default_layers(1)
-
-
-def test_architectures():
-    for base, routed in ARCHITECTURES.items():
-        assert mod_architecture(base) == mod_architecture(routed) == routed
-    with pytest.raises(ConfigError, match=r"'GPT2LMHeadModel' is not supported; supported: .*LlamaForCausalLM"):
-        mod_architecture("GPT2LMHeadModel")
 
 
 def test_the_schema_imports_neither_vllm_nor_torch():

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from vllm_mod import doctor, interfaces
+from vllm_mod.architectures import Architecture
 from vllm_mod.cli import main
 
 
@@ -73,7 +74,7 @@ def test_without_vllm(capsys, monkeypatch):
 
 
 def test_an_architecture_that_is_not_registered(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "ARCHITECTURES", {"OtherForCausalLM": "OtherMoDForCausalLM"})
+    monkeypatch.setattr(doctor, "ARCHITECTURES", {"OtherForCausalLM": Architecture("OtherForCausalLM")})
     status, found = answers(capsys)
     assert (status, found["architectures"]) == (1, ("FAILED", "not registered: OtherMoDForCausalLM"))
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.models import edit_json, routed_checkpoint, tiny_llama, tiny_model
+from vllm_mod.architectures import ARCHITECTURES
 from vllm_mod.checkpoint import ROUTERS_FILE
-from vllm_mod.config import ARCHITECTURES
 
 LAYERS = [1, 2]
 
@@ -88,6 +89,25 @@ def test_log_names_cutoffs(base: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert kept == ["mlp_token: kept where w . x >= 40.5, -2", "mlp_token: kept where sigmoid(w . x) >= 0.25"]
 
 
+@pytest.mark.parametrize("kind", ["longrope", "default"])
+def test_rotary_factors_that_training_has_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """As Phi-3's files were published."""
+    from transformers import AutoConfig
+
+    from vllm_mod import engine
+
+    factors = {"type": kind, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8} if kind == "longrope" else None
+    shape = {"model_type": "phi3", "hidden_size": 64, "num_attention_heads": 4}
+    lengths = {"max_position_embeddings": 1024, "original_max_position_embeddings": 256}
+    (tmp_path / "config.json").write_text(json.dumps(shape | lengths | {"rope_scaling": factors}))
+    loaded, lines = AutoConfig.from_pretrained(tmp_path), []
+    monkeypatch.setattr(engine.logger, "warning", lambda message, *args: lines.append(message % args))
+    for length in (256, 512):
+        engine.warn_of_long_factors(SimpleNamespace(hf_text_config=loaded, max_model_len=length))
+    assert [line.split(":")[0] for line in lines] == (["max_model_len 512"] if kind == "longrope" else [])
+    assert all("more than 256 tokens" in line and "--max-model-len 256" in line for line in lines)
+
+
 def test_static_needs_nothing(base: Path, tmp_path: Path) -> None:
     config = settings(routed_checkpoint(base, tmp_path / "c", "attn_static", LAYERS))
     assert config.kv_transfer_config is None
@@ -101,10 +121,10 @@ def test_registering_twice_changes_nothing() -> None:
     from vllm_mod import register
 
     register()
-    before = {routed: MODELS_CONFIG_MAP[routed] for routed in ARCHITECTURES.values()}
+    before = {row.routed: MODELS_CONFIG_MAP[row.routed] for row in ARCHITECTURES.values()}
     register()
-    assert before == {routed: MODELS_CONFIG_MAP[routed] for routed in ARCHITECTURES.values()}
-    assert set(ARCHITECTURES.values()) <= set(ModelRegistry.get_supported_archs())
+    assert before == {row.routed: MODELS_CONFIG_MAP[row.routed] for row in ARCHITECTURES.values()}
+    assert {row.routed for row in ARCHITECTURES.values()} <= set(ModelRegistry.get_supported_archs())
 
 
 HF_FORMAT = {"config_format": "hf", "load_format": "hf", "tokenizer_mode": "hf"}

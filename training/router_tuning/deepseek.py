@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from vllm_mod.checkpoint import BaseShape
+from vllm_mod.architectures import ARCHITECTURES
 from vllm_mod.config import ConfigError
 from vllm_mod.deepseek import DeepseekConfig, register_config
 
@@ -65,9 +65,9 @@ class DeepseekForCausalLM(LlamaForCausalLM):
 
     def __init__(self, config: DeepseekConfig) -> None:
         super().__init__(config)
-        shape = BaseShape.of(config.to_dict(), "config.json")
+        row, settings = ARCHITECTURES["DeepseekForCausalLM"], config.to_dict()
         for index, layer in enumerate(self.model.layers):
-            if shape.num_experts and index not in shape.dense_layers:
+            if row.num_experts(settings) and index not in row.dense_layers(settings):
                 layer.mlp = DeepseekMoE(config)
         self.post_init()
 

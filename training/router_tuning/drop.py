@@ -1,6 +1,6 @@
 """Which sublayers to drop for good: the criterion of LLM-Drop (arXiv 2406.15786, section 3).
 
-    importance_l = 1 - mean over tokens of cos(x, y)      y = x + F(Norm(x)), x: the residual stream before sublayer F
+    importance_l = 1 - mean over tokens of cos(x, y)      x, y: the residual stream before and after sublayer F
 
 A sublayer that hardly turns its input is dropped first.
 """
@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .model import decoder_layers
+from .model import architecture_of_model, decoder_layers
+
+#: Target -> where the residual stream is read before and after it.
+_ENDS = {"attn": ("before", "between"), "mlp": ("between", "after"), "block": ("before", "after")}
 
 
 def attention_similarity(model: Any, samples: Sequence[Sequence[int]]) -> list[float]:
@@ -24,26 +27,33 @@ def attention_similarity(model: Any, samples: Sequence[Sequence[int]]) -> list[f
 
 @torch.no_grad()
 def sublayer_similarity(model: Any, samples: Sequence[Sequence[int]], target: str) -> list[float]:
-    """The same for `attn`, `mlp` (behind `post_attention_layernorm`) or `block`, a whole layer."""
+    """The same for `attn`, `mlp` or `block`, a whole layer.
+
+    The residual stream itself is compared, as it enters a layer, between attention and MLP (where the MLP's norm reads
+    it) and as it leaves: whatever a model does to a sublayer's output before it adds it is part of F.
+    """
+    norm = architecture_of_model(model).mlp_norm
     layers = decoder_layers(model)
     sums, tokens = torch.zeros(len(layers), dtype=torch.float64), 0
-    before: dict[int, Tensor] = {}
+    stream: dict[str, Tensor] = {}
     hooks = []
     for index, layer in enumerate(layers):
-        entry: Any = layer.post_attention_layernorm if target == "mlp" else layer
-        sublayer: Any = {"attn": layer.self_attn, "mlp": layer.mlp, "block": layer}[target]
 
-        def note_input(_: nn.Module, args: Any, kwargs: dict[str, Any], index: int = index) -> None:
-            before[index] = (args[0] if args else kwargs["hidden_states"]).float()
+        def enters(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            stream["before"] = (args[0] if args else kwargs["hidden_states"]).float()
 
-        def compare(_: nn.Module, args: Any, output: Any, index: int = index) -> None:
-            x = before.pop(index)
-            y = (output[0] if isinstance(output, tuple) else output).float() + (0 if target == "block" else x)
+        def between(_: nn.Module, args: Any) -> None:
+            stream["between"] = args[0].float()
+
+        def leaves(_: nn.Module, args: Any, output: Any, index: int = index) -> None:
+            stream["after"] = (output[0] if isinstance(output, tuple) else output).float()
+            x, y = (stream[name] for name in _ENDS[target])
             sums[index] += torch.cosine_similarity(x, y, dim=-1).double().sum().cpu()
 
         hooks += [
-            entry.register_forward_pre_hook(note_input, with_kwargs=True),
-            sublayer.register_forward_hook(compare),
+            layer.register_forward_pre_hook(enters, with_kwargs=True),
+            getattr(layer, norm).register_forward_pre_hook(between),
+            layer.register_forward_hook(leaves),
         ]
     try:
         for sample in tqdm(samples, desc=f"{target} similarity", unit="sample"):

@@ -21,7 +21,7 @@ from vllm_mod.checkpoint import (
     read_routers,
     write_checkpoint,
 )
-from vllm_mod.config import ConfigError, ModConfig, mod_architecture
+from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.files import ADAPTER_FILES, CONFIG_FILE, read_json
 from vllm_mod.tensors import Patch
 
@@ -38,7 +38,6 @@ def base_shape(directory: Path) -> BaseShape:
     path = directory / CONFIG_FILE
     data = read_json(path)
     shape = BaseShape.of(data, str(path))
-    mod_architecture(shape.architecture)
     if "mod_config" in data:
         raise ConfigError(f"{path}: this is a routed checkpoint; give its base model")
     base_weight_map(directory)

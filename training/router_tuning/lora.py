@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vllm_mod.architectures import architecture_of
 from vllm_mod.checkpoint import BaseShape, base_weight_map
 from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.files import ADAPTER_CONFIG_FILE, link_or_copy, model_files, open_weights
@@ -30,8 +31,6 @@ from .arguments import RouterArguments, parse_layers
 #: Directory of an unmerged adapter inside a checkpoint: what `--lora-modules name=CKPT/adapter` takes.
 ADAPTER_DIR = "adapter"
 ADAPTER_FILE = "adapter_model.safetensors"
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
 _PREFIX = "base_model.model."  # peft's, in files
 
 
@@ -49,7 +48,9 @@ def adapter_config(args: RouterArguments, config: ModConfig, base: Path, shape: 
     from peft import LoraConfig
 
     # The experts of a mixture are many, small, and not linear modules in every model.
-    targets = args.lora_target_modules or [*ATTENTION, *(() if shape.num_experts else MLP)]
+    row = architecture_of(shape.architecture)
+    usual = [*row.attention_linears, *(() if shape.num_experts else row.mlp_linears)]
+    targets = args.lora_target_modules or usual
     layers = parse_layers(args.lora_layers or [f"{config.layers[0]}-{shape.num_layers - 1}"], shape.num_layers)
     if not layers or layers[-1] >= shape.num_layers:
         raise ConfigError(f"--lora-layers: the model has layers 0 to {shape.num_layers - 1}")
@@ -189,10 +190,15 @@ def write_adapter(directory: Path, settings: Any, tensors: Mapping[str, Tensor])
     directory.mkdir(parents=True, exist_ok=True)
     directory.chmod(0o755)
     data = settings.to_dict() | {"inference_mode": True, "target_modules": sorted(settings.target_modules)}
-    (directory / ADAPTER_CONFIG_FILE).write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
+    (directory / ADAPTER_CONFIG_FILE).write_text(json.dumps(data, indent=2, default=_plain) + "\n", encoding="utf-8")
     save_file(dict(tensors), directory / ADAPTER_FILE, metadata={"format": "pt"})
     (directory / ADAPTER_FILE).chmod(0o644)
     return directory
+
+
+def _plain(value: Any) -> Any:
+    """peft makes sets of some lists, of experts for one, and reads lists alone."""
+    return sorted(value) if isinstance(value, set) else str(value)
 
 
 def load_adapter(model: nn.Module, directory: Path) -> None:

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from vllm_mod.architectures import ARCHITECTURES, Architecture, architecture_of
 from vllm_mod.checkpoint import BaseShape, read_mod_config, read_patches, read_routers
 from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.files import CONFIG_FILE, read_json, without_strangers
@@ -29,7 +30,13 @@ from .experts import gate_experts
 from .hub import warn_of_strangers
 from .lora import ADAPTER_DIR, load_adapter
 from .routing import LinearPatch, Router, Routing, routing_of
-from .sublayers import MIXINS, make_skippable
+from .sublayers import MIXINS, PostNorm, make_skippable
+
+
+def architecture_of_model(model: nn.Module) -> Architecture:
+    """By the name of its class, or of one that it was made from; raises ConfigError if it is not supported."""
+    names = [kind.__name__ for kind in type(model).__mro__]
+    return architecture_of(next((name for name in names if name in ARCHITECTURES), names[0]))
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -58,9 +65,9 @@ def attach_routers(
     skippable. Static granularities get no router: their sublayers are always skipped. Raises ConfigError, with the
     model as it was.
     """
-    layers = decoder_layers(model)
+    layers, row = decoder_layers(model), architecture_of_model(model)
     hf_config: Any = model.config
-    shape = BaseShape.of(hf_config.to_dict(), type(model).__name__)
+    shape = BaseShape.of(hf_config.to_dict(), type(model).__name__, row.base)
     config.check_fits(shape.num_layers, shape.num_experts, shape.dense_layers)
     if hasattr(model, "_mod_routing"):
         raise ConfigError("this model has routers already")
@@ -70,7 +77,11 @@ def attach_routers(
             f"{config.granularity} masks single keys, which attn_implementation={implementation!r} cannot; "
             "use 'sdpa' or 'eager'"
         )
-    routing = Routing(config)
+    if implementation == "sdpa" and row.attention is not None:
+        raise ConfigError(
+            f"{row.base}: attn_implementation='sdpa' leaves a part of this attention out; use {row.attention!r}"
+        )
+    routing = Routing(config, residual_multiplier=shape.residual_multiplier, has_post_norms=bool(row.post_norms))
     holders: dict[int, nn.Module] = {}
     for i in config.layers:
         device = next(layers[i].parameters()).device
@@ -86,6 +97,8 @@ def attach_routers(
             layers[i].router = holders[i]
         for part, mixin in MIXINS[config.target].items():
             make_skippable(getattr(layers[i], part), mixin, i, routing)
+            if part in row.post_norms:
+                make_skippable(getattr(layers[i], row.post_norms[part]), PostNorm, i, routing)
         if config.target == "expert":
             gate_experts(layers[i].mlp, i, routing)
     model._mod_routing = routing  # type: ignore[assignment]
@@ -118,7 +131,7 @@ def _note_padding(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     routing = routing_of(model)
     routing.valid = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-    routing.decisions = {}
+    routing.decisions, routing.waiting = {}, {}
 
 
 @contextlib.contextmanager
@@ -221,6 +234,7 @@ def load_base(directory: str | Path, dtype: torch.dtype, attn_implementation: st
     if hasattr(hf_config, "transformers_weights"):
         hf_config.transformers_weights = None  # names a file that vLLM does not ask for
     warn_of_strangers(directory)
+    attn_implementation = attn_implementation or _attention(model_class)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with without_strangers(directory) as view, _ignoring_routers(model_class):
         try:
@@ -236,6 +250,11 @@ def load_base(directory: str | Path, dtype: torch.dtype, attn_implementation: st
         raise ConfigError(f"{directory}: {name} has shape {list(found)}, the config asks for {list(needed)}")
     model.name_or_path = model.config.name_or_path = str(directory)
     return model
+
+
+def _attention(model_class: Any) -> str | None:
+    row = ARCHITECTURES.get(model_class.__name__)
+    return None if row is None else row.attention
 
 
 @contextlib.contextmanager

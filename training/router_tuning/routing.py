@@ -5,6 +5,7 @@ Kept apart from the modules themselves, so that nothing but `layer.router` shows
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,6 +103,12 @@ class Routing:
     routers: dict[int, Router] = field(default_factory=dict)
     #: Per routed layer, where the config has patches; also of static granularities, which have no routers.
     patches: dict[int, LinearPatch] = field(default_factory=dict)
+    #: A sublayer's output is multiplied by it before it is added to the residual stream.
+    residual_multiplier: float = 1.0
+    #: Sublayers' outputs go through a norm before they are added to the residual stream. That norm, which comes next,
+    #: then calls what lies here for its layer: `mixed` with the sublayer's decision.
+    has_post_norms: bool = False
+    waiting: dict[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     #: Per routed layer, in place of the config's; None: those.
     cutoffs: tuple[float, ...] | None = None
     #: bool `[B, T]`: which tokens are the prompt; None means all of them.
@@ -129,8 +136,22 @@ class Routing:
         return decision
 
     def stand_in(self, layer: int, x: Tensor) -> Tensor | None:
-        """What a skipped sublayer adds to the residual instead of `F(x)`: `[B, T, hidden]`, or None for nothing."""
-        return self.patches[layer](x) if layer in self.patches else None
+        """What a skipped sublayer gives in place of `F(x)`: `[B, T, hidden]`, or None for zero.
+
+        Divided by what the model multiplies it by, so that the patch itself is added to the residual.
+        """
+        return self.patches[layer](x) / self.residual_multiplier if layer in self.patches else None
+
+    def joined(self, layer: int, output: Tensor, join: Callable[[Tensor], Tensor]) -> Tensor:
+        """What a sublayer returns: `join(output)`; `output` where a norm comes between it and the residual stream.
+
+        There `join` is called on what the norm gives. Skipping means that nothing (or the patch) is added to the
+        residual stream; and a gate before the norm would have no gradient, as the norm undoes every factor but zero.
+        """
+        if not self.has_post_norms:
+            return join(output)
+        self.waiting[layer] = join
+        return output
 
     def decide_on(self, layer: int, score: Tensor) -> Decision:
         """score: of any shape a decision may have."""

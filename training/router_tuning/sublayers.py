@@ -6,7 +6,7 @@ is copied. Each subclass asks the shared `Routing` and hands the rest to the sto
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -68,17 +68,17 @@ class RoutedAttention(nn.Module):
         routing = self._mod_routing
         if kwargs.get("past_key_values") is not None:
             raise NotImplementedError("the routed HF model has no KV cache; call it with use_cache=False")
-        stand_in = routing.stand_in(self._mod_layer, hidden_states)
+        layer, stand_in = self._mod_layer, routing.stand_in(self._mod_layer, hidden_states)
         if routing.config.is_static:
-            return skipped(hidden_states, stand_in), None
-        decision = routing.decide(self._mod_layer, hidden_states)
+            return routing.joined(layer, hidden_states, partial(skipped, stand_in=stand_in)), None
+        decision = routing.decide(layer, hidden_states)
         if routing.config.level == "token":
             # At sequence level nothing that is kept could see a skipped key: it is in another row, or before it (the
             # window's tokens).
             mask = hide_skipped_keys(kwargs.get("attention_mask"), decision.keep, hidden_states.dtype)
             kwargs["attention_mask"] = mask
         output, weights = super().forward(hidden_states, *args, **kwargs)
-        return mixed(output, decision, stand_in), weights
+        return routing.joined(layer, output, partial(mixed, decision=decision, stand_in=stand_in)), weights
 
 
 class RoutedMLP(nn.Module):
@@ -88,22 +88,35 @@ class RoutedMLP(nn.Module):
     _mod_routing: Routing
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """hidden_states: `[B, T, hidden]`, after the post-attention norm."""
-        stand_in = self._mod_routing.stand_in(self._mod_layer, hidden_states)
-        if self._mod_routing.config.is_static:
-            return skipped(hidden_states, stand_in)
-        decision = self._mod_routing.decide(self._mod_layer, hidden_states)
-        return mixed(super().forward(hidden_states), decision, stand_in)
+        """hidden_states: `[B, T, hidden]`, after the MLP's norm."""
+        routing, layer = self._mod_routing, self._mod_layer
+        stand_in = routing.stand_in(layer, hidden_states)
+        if routing.config.is_static:
+            return routing.joined(layer, hidden_states, partial(skipped, stand_in=stand_in))
+        decision = routing.decide(layer, hidden_states)
+        output = super().forward(hidden_states)
+        return routing.joined(layer, output, partial(mixed, decision=decision, stand_in=stand_in))
 
 
 class FollowingMLP(RoutedMLP):
     """Mixin for `block_*`: the MLP follows the decision that this layer's attention took, where the patch is, too."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if self._mod_routing.config.is_static:
-            return skipped(hidden_states, None)
-        decision = self._mod_routing.decisions[self._mod_layer]
-        return mixed(super(RoutedMLP, self).forward(hidden_states), decision, None)
+        routing, layer = self._mod_routing, self._mod_layer
+        if routing.config.is_static:
+            return routing.joined(layer, hidden_states, partial(skipped, stand_in=None))
+        output = super(RoutedMLP, self).forward(hidden_states)
+        return routing.joined(layer, output, partial(mixed, decision=routing.decisions[layer], stand_in=None))
+
+
+class PostNorm(nn.Module):
+    """Mixin in front of a norm between a routed sublayer and the residual stream."""
+
+    _mod_layer: int
+    _mod_routing: Routing
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self._mod_routing.waiting.pop(self._mod_layer)(super().forward(hidden_states))
 
 
 #: Which sublayer gets which mixin, per target; experts are below a sublayer, see `experts`.

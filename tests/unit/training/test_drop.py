@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from router_tuning.cli import main
-from router_tuning.drop import attention_similarity, most_similar
+from router_tuning.drop import attention_similarity, most_similar, sublayer_similarity
+from router_tuning.model import architecture_of_model, attach_routers, load_base
+from tests.support.architectures import DENSE, EXPERTS
+from tests.support.models import tiny_model
 from tests.unit.training.helpers import make_llama
 from vllm_mod.checkpoint import read_mod_config
+from vllm_mod.config import ModConfig
+
+SHAPES = DENSE | EXPERTS
 
 
 def test_an_attention_that_adds_nothing_is_dropped_first() -> None:
@@ -37,6 +44,40 @@ def test_similarity_is_the_mean_over_all_tokens() -> None:
             out = layer.self_attn(layer.input_layernorm(x), position_embeddings=rotary, attention_mask=mask)[0]
             cosines.append(torch.cosine_similarity(x, x + out, dim=-1).flatten())
     assert attention_similarity(model, samples)[0] == pytest.approx(float(torch.cat(cosines).mean()), abs=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target", ["attn", "mlp", "block"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_similarity_is_what_dropping_does(tmp_path: Path, name: str, target: str) -> None:
+    """Each sublayer is really dropped, alone: without it the residual stream is there what it was before it."""
+    base = tiny_model(tmp_path / "base", name, num_hidden_layers=4, **SHAPES[name])
+    samples = [[5, 9, 30, 8, 77], [7, 7, 40]]
+    norm = architecture_of_model(model := load_base(base, torch.float32).eval()).mlp_norm
+    found = sublayer_similarity(model, samples, target)
+
+    def streams(model: Any, layer: int) -> list[torch.Tensor]:
+        """Behind the sublayer of that layer, per sample."""
+        seen: list[torch.Tensor] = []
+        if target == "attn":
+            hook = getattr(model.model.layers[layer], norm).register_forward_pre_hook(
+                lambda _, args: seen.append(args[0])
+            )
+        else:
+            hook = model.model.layers[layer].register_forward_hook(lambda _, args, output: seen.append(output))
+        for sample in samples:
+            model(torch.tensor([sample]), use_cache=False)
+        hook.remove()
+        return seen
+
+    for layer in range(4):
+        dropped = load_base(base, torch.float32).eval()
+        config = {"version": 1, "granularity": f"{target}_static", "layers": [layer]}
+        attach_routers(dropped, ModConfig.parse(config, "test"))
+        pairs = zip(streams(model, layer), streams(dropped, layer), strict=True)
+        cosines = torch.cat([torch.cosine_similarity(x, y, dim=-1).flatten() for x, y in pairs])
+        assert found[layer] == pytest.approx(float(cosines.mean()), abs=1e-5)
+    assert max(found) - min(found) > 1e-3
 
 
 def test_ties_go_to_the_earlier_layer() -> None:

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from router_tuning.cli import main
 from router_tuning.export import base_shape
 from router_tuning.lora import (
-    MLP,
     adapter_config,
     adapter_tensors,
     attach_adapter,
@@ -32,6 +31,7 @@ from router_tuning.model import (
     routing,
     routing_of,
 )
+from tests.support.architectures import EXPERTS
 from tests.support.models import tiny_model
 from tests.unit.training.test_trainer import interrupt_after_step, one_error, routers_of, train
 from vllm_mod.checkpoint import read_mod_config
@@ -260,6 +260,22 @@ def test_experts_are_merged_where_they_are_linear_modules(tmp_path):
     assert any(".experts." in name for name in changed)
 
 
+@pytest.mark.parametrize("name", EXPERTS)
+def test_adapters_beside_experts_are_written_as_peft_reads_them(tmp_path, name):
+    """It renames what they target while it puts them in, and leaves sets behind."""
+    from peft import LoraConfig
+
+    base = tiny_model(tmp_path / "moe", name, num_hidden_layers=3, **EXPERTS[name])
+    settings = settings_for(base, make_config("attn_token", [1]), lora_output="adapter")
+    attach_adapter(model := load_base(base, torch.float32), settings)
+    ones = {name: torch.ones_like(tensor) for name, tensor in adapter_tensors(model).items()}
+    written = write_adapter(tmp_path / "adapter", settings, ones)
+    read = LoraConfig.from_pretrained(str(written))
+    assert read.target_modules == {"q_proj", "k_proj", "v_proj", "o_proj"} and not read.target_parameters
+    load_adapter(again := load_base(base, torch.float32), written)
+    assert adapter_tensors(again).keys() == ones.keys()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -287,7 +303,10 @@ def test_an_adapter_for_experts_is_refused_unless_merged(tmp_path):
         settings_for(base, make_config("expert_token", [1]), lora_output="adapter")
     with pytest.raises(ConfigError, match=r"adapters on experts \('gate_proj'\) are not served"):
         settings_for(base, make_config("attn_token", [1]), lora_output="adapter", lora_target_modules=["gate_proj"])
-    for targets, message in ((["up_proj"], "also targeting"), ([*MLP], "'down_proj' is no linear module of Olmoe")):
+    for targets, message in (
+        (["up_proj"], "also targeting"),
+        (["gate_proj", "up_proj", "down_proj"], "'down_proj' is no linear module of Olmoe"),
+    ):
         settings = settings_for(base, make_config("attn_token", [1]), lora_target_modules=targets)
         with pytest.raises(ConfigError, match=f"--lora-target-modules: .*{message}"):
             attach_adapter(load_base(base, torch.float32), settings)
