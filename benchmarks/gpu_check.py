@@ -1,9 +1,10 @@
 """Does a routed checkpoint start and answer on a GPU with vLLM's default flags? Compiled, CUDA graphs and all.
 
-A tiny Llama with random weights per granularity, each in a process of its own, in bfloat16, and the stock model beside
-them. Every answer is compared with the float32 reference on the CPU, given the same tokens: how often the served token
-is the reference's choice, how far its log-probability is off, and how often a request's layers are those that the
-reference keeps. bfloat16 alone makes some differ: the stock model's line says how many. The last line is
+A tiny Llama with random weights per granularity, each in a process of its own, and the stock model beside them. Every
+answer is compared with the float32 reference on the CPU, given the same tokens: how often the served token is the
+reference's choice, how far its log-probability is off, and how often a request's layers are those that the reference
+keeps. Kernels of a GPU round otherwise, and bfloat16 more: the stock model's line says what that alone does. The last
+line is
 
   {"started": [...], "failed": {name: reason}, "agreement": {name: share of tokens}, "decisions": {name: share}}
 """
@@ -52,6 +53,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help="default: all")
     parser.add_argument("--at-once", type=int, default=5, help="engines (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
     parser.add_argument("--v2", action="store_true", help="with vLLM's Model Runner V2")
     parser.add_argument("--eager", action="store_true", help="no compilation and no CUDA graphs")
     parser.add_argument("--output", type=Path, default=RESULTS / "gpu_check.json", help="default: %(default)s")
@@ -65,7 +67,7 @@ def prompts() -> list[list[int]]:
     return found + [found[-1][:300] + tail for tail in found[1:6]]
 
 
-def serve(checkpoint: str, v2: bool, eager: bool) -> dict[str, Any]:
+def serve(checkpoint: str, dtype: str, v2: bool, eager: bool) -> dict[str, Any]:
     """Answers of one engine, twice: the second time prefixes are found in the cache, where it is on."""
     if v2:
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
@@ -73,7 +75,7 @@ def serve(checkpoint: str, v2: bool, eager: bool) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        checkpoint, dtype="bfloat16", max_model_len=2048, gpu_memory_utilization=0.1, disable_log_stats=False,
+        checkpoint, dtype=dtype, max_model_len=2048, gpu_memory_utilization=0.1, disable_log_stats=False,
         enforce_eager=eager,
     )  # fmt: skip
     started = time.monotonic() - begin
@@ -132,12 +134,12 @@ def compared(checkpoint: Path, routed: bool, found: dict[str, Any]) -> dict[str,
     }
 
 
-def case(name: str, directory: str, v2: bool, eager: bool) -> dict[str, Any]:
+def case(name: str, directory: str, dtype: str, v2: bool, eager: bool) -> dict[str, Any]:
     made, base = Path(directory) / name.replace(", ", "-"), Path(directory) / "base"
     wanted = CASES[name]
     checkpoint = base if wanted is None else routed_checkpoint(base, made, wanted[0], LAYERS, **wanted[1])
     try:
-        found = serve(str(checkpoint), v2, eager)
+        found = serve(str(checkpoint), dtype, v2, eager)
         return {k: v for k, v in found.items() if k != "answers"} | compared(checkpoint, wanted is not None, found)
     except Exception as error:  # not all of vLLM's can be pickled
         traceback.print_exc()
@@ -152,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tiny_llama(Path(directory) / "base", **SHAPE)
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(args.at_once, mp_context=context, max_tasks_per_child=1) as pool:
-            running = {pool.submit(case, name, directory, args.v2, args.eager): name for name in args.cases}
+            running = {pool.submit(case, name, directory, args.dtype, args.v2, args.eager): name for name in args.cases}
             for done in as_completed(running):
                 found[running[done]] = done.result()
                 progress(f"{running[done]}: {json.dumps(done.result())}")
