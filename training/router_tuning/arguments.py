@@ -173,11 +173,21 @@ class ExportArguments:
         metadata={"help": "write an attn_static checkpoint that drops the N attentions which change their input least "
                   "on --data (LLM-Drop's criterion)"},
     )  # fmt: skip
+    patch_rank: int | None = field(
+        default=None,
+        metadata={"help": "fit patches of this rank, which stand in for the dropped attentions, on the same --data "
+                  "(as `router-tuning patch` does for checkpoints that are there); default: nothing stands in"},
+    )  # fmt: skip
     data: list[str] | None = field(
         default=None, metadata={"help": "calibration data of --drop-attention, as for train"}
     )
-    max_samples: int = field(default=128, metadata={"help": "calibration samples"})
+    max_samples: int = field(
+        default=128, metadata={"help": "calibration samples; patches are the better for several times more"}
+    )
     max_length: int = field(default=1024, metadata={"help": "tokens of a calibration sample"})
+    eval_fraction: float = field(
+        default=0.0, metadata={"help": "leave out the last part of every file, as train holds it out (there 0.02)"}
+    )
 
 
 @dataclass
@@ -207,6 +217,33 @@ class CalibrateArguments:
     )
 
 
+@dataclass
+class PatchArguments:
+    """Patches for a routed or static checkpoint: a linear map and a bias that stand in for a sublayer where it is
+    skipped, fitted in closed form to what it would have added. They cost no training and no KV cache."""
+
+    checkpoint: str = field(metadata={"help": "full checkpoint or router-only directory; patches it has are replaced"})
+    data: list[str] = field(metadata={"help": "prompts with answers like those that will be served, as for train"})
+    rank: int = field(
+        default=64, metadata={"help": "rank of the map, up to the hidden size: more fits better and costs more at "
+                              "serving; 0: the bias alone"}
+    )  # fmt: skip
+    output: str | None = field(
+        default=None, metadata={"help": "write another checkpoint instead, which must not exist; default: in place"}
+    )
+    eval_fraction: float = field(
+        default=0.02, metadata={"help": "leave out the last part of every file, as train held it out; 0: all rows"}
+    )
+    max_samples: int = field(
+        default=512, metadata={"help": "samples that are fitted on; a tenth of them chooses the ridge"}
+    )
+    max_length: int = field(default=1024, metadata={"help": "tokens of a sample; longer ones are truncated"})
+    batch_size: int = field(default=16, metadata={"help": "samples per forward"})
+    model: str | None = field(
+        default=None, metadata={"help": "base model of a router-only directory; default: the one it names"}
+    )
+
+
 def _at_least(least: float) -> tuple[Callable[[Any], bool], str]:
     return lambda value: least <= value < math.inf, f"{least:g} or more is needed"
 
@@ -229,6 +266,9 @@ _OBJECT = (_is_object, "a JSON object such as '{\"key\": 1}' is needed")
 VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_length": _at_least(2),
     "max_samples": _at_least(1),
+    "rank": _at_least(0),
+    "patch_rank": _at_least(0),
+    "eval_fraction": (lambda value: 0 <= value < 1, "a number from 0 to below 1 is needed"),
     "batch_size": _at_least(1),
     "max_train_samples": (lambda value: value >= 0, "1 or more is needed (0: all)"),
     "max_eval_samples": (lambda value: value >= 0, "1 or more is needed (0: all)"),

@@ -39,7 +39,7 @@ _ELSEWHERE = {
 
 
 _DROPPING: Condition = (lambda values: values["drop_attention"] is not None, "--drop-attention")
-_EXPORT_NEEDS = dict.fromkeys(("data", "max_samples", "max_length"), _DROPPING)
+_EXPORT_NEEDS = dict.fromkeys(("data", "max_samples", "max_length", "eval_fraction", "patch_rank"), _DROPPING)
 
 
 class OneLineParser(HfArgumentParser):

@@ -77,13 +77,16 @@ def check_directories(output: str, run_dir: Path) -> None:
     check_writable(run_dir, run_dir.absolute())
 
 
-def check_writable(path: Path, place: Path) -> None:
-    """Raise ConfigError, naming `path`, unless directories can be made in `place`; nothing of the try is left."""
+def check_writable(path: Path, place: Path) -> Path:
+    """Raise ConfigError, naming `path`, unless directories can be made in `place`; nothing of the try is left.
+
+    Returns `place`, or what is there of it.
+    """
     try:
         while not place.exists():
             place = place.parent
         with tempfile.TemporaryDirectory(dir=place, prefix=".router-tuning-"):
-            pass
+            return place
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {place}: {error.strerror}") from None
 
