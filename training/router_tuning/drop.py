@@ -107,7 +107,7 @@ def dropped(
     output = Path(args.output)
     place = check_writable(output, output.absolute().parent)
     fitted = fit_patches(model, batches, args.patch_rank, place)
-    record = PatchRecord.of(fitted, args.patch_rank, command, args.data, counts)
+    record = PatchRecord.of(fitted, args.patch_rank, command, args.data, len(samples), counts.to_dict())
     record.report()
     patches = {layer: found.patch for layer, found in fitted.items()}
     return with_patch(config, args.patch_rank), patches, {PATCHES_FILE: record.to_text()}

@@ -55,7 +55,7 @@ def patch(args: PatchArguments, command: str) -> tuple[PatchRecord, Path]:
     batches = collate(samples, stored, args.rank, args.batch_size, ", ".join(args.data))
     model = load_routed(directory, base, with_patch(stored, None))
     fitted = fit_patches(model, batches, args.rank, place)
-    record = PatchRecord.of(fitted, args.rank, command, args.data, counts)
+    record = PatchRecord.of(fitted, args.rank, command, args.data, len(samples), counts.to_dict())
     config, patches = with_patch(stored, args.rank), {layer: found.patch for layer, found in fitted.items()}
     with deferred(), nullcontext(directory) if args.output is None else _copy(directory, output) as target:
         replace_routers(target, config, routers, patches)

@@ -12,7 +12,6 @@ from pydantic import Field
 from vllm_mod.config import ModConfig, Strict
 from vllm_mod.files import read_json, replace_json
 
-from .counts import Counts
 from .ridge import Fitted
 
 PATCHES_FILE = "patches.json"
@@ -35,14 +34,21 @@ class PatchRecord(Strict):
     layers: dict[str, LayerRecord]
 
     @classmethod
-    def of(cls, fitted: Mapping[int, Fitted], rank: int, command: str, data: list[str], counts: Counts) -> PatchRecord:
+    def of(
+        cls,
+        fitted: Mapping[int, Fitted],
+        rank: int,
+        command: str,
+        data: list[str],
+        samples: int,
+        rows: dict[str, Any],
+    ) -> PatchRecord:
+        """rows: what `Counts.to_dict` says of the data."""
         layers = {
             str(layer): LayerRecord(tokens=found.tokens, ridge=found.ridge, explained=found.explained)
             for layer, found in fitted.items()
         }
-        return cls(
-            command=command, data=list(data), samples=counts.used, rows=counts.to_dict(), rank=rank, layers=layers
-        )
+        return cls(command=command, data=list(data), samples=samples, rows=rows, rank=rank, layers=layers)
 
     def to_text(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"

@@ -44,6 +44,15 @@ def check_machine(training_args: RouterTrainingArguments, command: str) -> None:
         raise ConfigError("--fp16 needs a GPU; on a CPU use --bf16, or neither")
 
 
+def check_patches(args: RouterArguments, training_args: RouterTrainingArguments) -> None:
+    """Whether `--patch-rank` can be had in this run."""
+    if args.patch_rank is not None and training_args.world_size > 1:
+        raise ConfigError(
+            f"--patch-rank: patches are fitted by one process, and this run has {training_args.world_size}; leave it "
+            "out, and run `router-tuning patch` on the checkpoint afterwards"
+        )
+
+
 def check_reports(training_args: RouterTrainingArguments) -> None:
     """Every `--report-to` must be known, and its package there."""
     try:
