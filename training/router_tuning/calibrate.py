@@ -25,6 +25,7 @@ from .counts import Counts
 from .data import Collator, check_sources, read_sources, split_tail, tokenize
 from .fitting import Measured, Meter, fit, thresholds_like
 from .loading import base_of, checkpoint_config, load_routed
+from .preflight import check_vocabulary
 from .tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -140,6 +141,7 @@ def _batches(args: CalibrateArguments, config: ModConfig, base: Path) -> tuple[l
     if counts.used < FEWEST_PROMPTS:
         names = ", ".join(args.data)
         raise ConfigError(f"{names}: {counts.used} usable prompts ({counts}); at least {FEWEST_PROMPTS} are needed")
+    check_vocabulary(base, samples)
     return collate(list(samples), config, args.batch_size), counts
 
 

@@ -165,6 +165,8 @@ def calibration_samples(args: Any, base: Path) -> tuple[list[dict[str, Any]], Co
 
     args: `data`, `eval_fraction`, `max_samples` and `max_length`. Raises ConfigError where no sample is usable.
     """
+    if not 0 <= args.eval_fraction < 1:
+        raise ConfigError(f"--eval-fraction {args.eval_fraction:g}: a number from 0 to below 1 is needed")
     rows, _ = split_tail(read_sources(args.data), args.eval_fraction)
     samples, counts = tokenize(rows, load_tokenizer(base), args.max_length, args.max_samples)
     log.info("calibration data: %s", counts)

@@ -25,7 +25,7 @@ from .loading import measuring_dtype, on_best_device
 from .model import attach_routers, decoder_layers, load_base
 from .patch_record import PATCHES_FILE, PatchRecord
 from .patches import check_rank, collate, fit_patches, with_patch
-from .preflight import check_writable
+from .preflight import check_vocabulary, check_writable
 
 
 def attention_similarity(model: Any, samples: Sequence[Sequence[int]]) -> list[float]:
@@ -92,6 +92,7 @@ def dropped(
     if args.patch_rank is not None:
         check_rank(args.patch_rank, any_layers, shape.hidden_size, "--patch-rank")
     samples, counts = calibration_samples(args, base)
+    check_vocabulary(base, samples)
     batches = None
     if args.patch_rank is not None:  # what is wrong with the data is said before the model is loaded
         batches = collate(samples, any_layers, args.patch_rank, 16, ", ".join(args.data))

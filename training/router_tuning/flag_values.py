@@ -32,7 +32,6 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_samples": _at_least(1),
     "rank": _at_least(0),
     "patch_rank": _at_least(0),
-    "eval_fraction": (lambda value: 0 <= value < 1, "a number from 0 to below 1 is needed"),
     "batch_size": _at_least(1),
     "max_train_samples": (lambda value: value >= 0, "1 or more is needed (0: all)"),
     "max_eval_samples": (lambda value: value >= 0, "1 or more is needed (0: all)"),

@@ -27,7 +27,7 @@ from .loading import base_of, checkpoint_config, load_routed
 from .lora import ADAPTER_DIR
 from .patch_record import PatchRecord
 from .patches import check_rank, collate, fit_patches, with_patch
-from .preflight import check_writable
+from .preflight import check_vocabulary, check_writable
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ def patch(args: PatchArguments, command: str) -> tuple[PatchRecord, Path]:
     check_rank(args.rank, stored, shape.hidden_size, "--rank")
     routers = read_routers(directory, stored, shape)
     samples, counts = calibration_samples(args, base)
+    check_vocabulary(base, samples)
     batches = collate(samples, stored, args.rank, args.batch_size, ", ".join(args.data))
     model = load_routed(directory, base, with_patch(stored, None))
     fitted = fit_patches(model, batches, args.rank, place)

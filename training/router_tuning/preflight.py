@@ -6,7 +6,7 @@ import json
 import tempfile
 import zlib
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +100,10 @@ def check_writable(path: Path, place: Path) -> Path:
         raise ConfigError(f"{path}: cannot be written: {place}: {error.strerror}") from None
 
 
-def check_vocabulary(base: Path, *samples: Any) -> None:
+def check_vocabulary(base: Path, *samples: Iterable[Mapping[str, Any]]) -> None:
     """Every token must have an embedding: on a GPU one that has none ends all, without a word of why."""
     size = read_json(base / "config.json").get("vocab_size")
-    largest = max(max(ids) for part in samples for ids in part["input_ids"])
+    largest = max(max(sample["input_ids"]) for part in samples for sample in part)
     if isinstance(size, int) and largest >= size:
         raise ConfigError(f"{base}: its tokenizer gives token {largest}, and the model has {size} (vocab_size)")
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from router_tuning import ridge
 from router_tuning.cli import main
 from router_tuning.model import load_reference, patch_weights, reference_logits, router_weights
-from tests.support.models import random_routers, routed_checkpoint, tiny_model
+from tests.support.models import edit_json, random_routers, routed_checkpoint, tiny_model
 from tests.unit.training.test_trainer import one_error, routers_of, train
 from vllm_mod.calibration import read_calibration
 from vllm_mod.checkpoint import BaseShape, read_mod_config, read_patches, write_checkpoint, write_routers
@@ -228,6 +228,26 @@ def test_a_base_that_overflows_is_named(checkpoint, data_file, capsys):
     assert patch(checkpoint, data_file) == 2
     assert "layer 1: activations are not finite; the base model overflows on these samples" in one_error(capsys)
     assert content(checkpoint) == before
+
+
+@pytest.mark.parametrize("command", ["patch", "calibrate", "export"])
+def test_tokens_that_the_model_lacks(checkpoint, base_dir, data_file, tmp_path, capsys, command):
+    """A tokenizer of another model; an embedding that is not there would be a traceback."""
+    where = checkpoint
+    if command == "export":
+        where = tmp_path / "base"
+        shutil.copytree(base_dir, where)
+    tensors = {n: t[:20] if t.shape[0] == 128 else t for n, t in load_file(where / "model.safetensors").items()}
+    (where / "model.safetensors").unlink()
+    save_file({n: t.contiguous() for n, t in tensors.items()}, where / "model.safetensors", metadata={"format": "pt"})
+    edit_json(where / "config.json", vocab_size=20)
+    words = {
+        "patch": ["patch", str(where), "--rank", "2"],
+        "calibrate": ["calibrate", str(where), "--target-capacity", "0.5"],
+        "export": ["export", "--model", str(where), "--drop-attention", "1", "--output", str(tmp_path / "out")],
+    }[command]
+    assert main([*words, "--data", str(data_file)]) == 2
+    assert "its tokenizer gives token" in one_error(capsys) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("output", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,28 @@ def test_batches_do_not_matter(granularity, tmp_path):
         torch.testing.assert_close(one[layer].bias, other[layer].bias, atol=1e-4, rtol=1e-4)
         maps = [patch.up @ patch.down for patch in (one[layer], other[layer])]  # type: ignore[operator]
         torch.testing.assert_close(*maps, atol=1e-4, rtol=1e-3)
+
+
+def test_no_more_hidden_states_are_held_than_those_of_a_batch(tmp_path, monkeypatch):
+    def held(samples: int) -> int:
+        most = 0
+
+        def counted(*args: Any) -> Any:
+            nonlocal most
+            found = layerwise.sublayer(*args)
+            tensors = [o for o in gc.get_objects() if type(o) is Tensor and o.dim() == 3 and o.shape[-1] == HIDDEN]
+            most = max(most, sum(tensor.numel() for tensor in tensors))
+            return found
+
+        monkeypatch.setattr(patches, "sublayer", counted)
+        sample = {"labels": [0] * 20, "prompt_len": 5}
+        same = [sample | {"input_ids": [(7 * n + i * n) % 100 + 5 for i in range(20)]} for n in range(samples)]
+        fit_patches(model, collate(same, mod, 2, 8, "data"), 2, tmp_path, quiet=True)
+        return most
+
+    mod = config("attn_sequence")
+    model = routed(mod)
+    assert held(160) == held(16) <= 6 * 8 * 20 * HIDDEN
 
 
 def test_the_model_is_as_it_was(tmp_path):
