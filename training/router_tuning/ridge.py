@@ -18,7 +18,7 @@ from torch import Tensor
 from vllm_mod.tensors import Patch
 
 #: Tried on held-out tokens; in units of the mean variance of an entry of x.
-RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 class Moments:
