@@ -91,9 +91,10 @@ def dropped(
     any_layers = ModConfig.parse(settings | {"layers": list(range(args.drop_attention))}, "--drop-attention")
     if args.patch_rank is not None:
         check_rank(args.patch_rank, any_layers, shape.hidden_size, "--patch-rank")
+    output, batches = Path(args.output), None
+    place = check_writable(output, output.absolute().parent)
     samples, counts = calibration_samples(args, base)
     check_vocabulary(base, samples)
-    batches = None
     if args.patch_rank is not None:  # what is wrong with the data is said before the model is loaded
         batches = collate(samples, any_layers, args.patch_rank, 16, ", ".join(args.data))
     model = on_best_device(load_base(base, measuring_dtype()).eval())
@@ -105,8 +106,6 @@ def dropped(
     if batches is None or args.patch_rank is None:
         return config, {}, {}
     attach_routers(model, config)
-    output = Path(args.output)
-    place = check_writable(output, output.absolute().parent)
     fitted = fit_patches(model, batches, args.patch_rank, place)
     record = PatchRecord.of(fitted, args.patch_rank, command, args.data, len(samples), counts.to_dict())
     record.report()

@@ -42,6 +42,7 @@ def patch(args: PatchArguments, command: str) -> tuple[PatchRecord, Path]:
     """
     directory, stored = checkpoint_config(args.checkpoint, args.model)
     check_replaceable(directory)
+    card.render(directory)  # a record that cannot be read is no surprise after the work
     output = directory if args.output is None else Path(args.output)
     if args.output is not None:
         check_output(output)

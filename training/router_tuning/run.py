@@ -197,7 +197,10 @@ def _fit_patches(trainer: RouterTrainer, args: RouterArguments, run_dir: Path) -
     config, batch_size = routing_of(model).config, trainer.args.per_device_eval_batch_size
     batches = _patch_batches(args, config, trainer.train_dataset, batch_size)
     place = preflight.check_writable(run_dir, run_dir.absolute())
-    return fit_patches(model.eval(), batches, args.patch_rank, place, quiet=bool(trainer.args.disable_tqdm))
+    try:
+        return fit_patches(model.eval(), batches, args.patch_rank, place, quiet=bool(trainer.args.disable_tqdm))
+    except ConfigError as error:
+        raise ConfigError(f"{error}; the routers are trained: go on with --resume and without --patch-rank") from None
 
 
 def _patch_record(

@@ -15,7 +15,7 @@ from router_tuning import ridge
 from router_tuning.cli import main
 from router_tuning.model import load_reference, patch_weights, reference_logits, router_weights
 from tests.support.models import edit_json, random_routers, routed_checkpoint, tiny_model
-from tests.unit.training.test_trainer import one_error, routers_of, train
+from tests.unit.training.test_trainer import one_error
 from vllm_mod.calibration import read_calibration
 from vllm_mod.checkpoint import BaseShape, read_mod_config, read_patches, write_checkpoint, write_routers
 from vllm_mod.config import ModConfig
@@ -312,60 +312,10 @@ def test_help_teaches(capsys):
     assert "the checkpoint comes first: router-tuning patch CHECKPOINT --data DATA" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_token"])
-def test_training_with_patches(base_dir, data_file, tmp_path, granularity):
-    """They are fitted once the routers are there, measured with them, and change nothing of the routers."""
-    flags = ["--granularity", granularity]
-    assert train(base_dir, data_file, tmp_path / "plain", *flags) == 0
-    assert train(base_dir, data_file, tmp_path / "c", *flags, "--patch-rank", "2") == 0
-    plain, config = read_mod_config(tmp_path / "plain"), read_mod_config(tmp_path / "c")
-    assert config.to_dict() == plain.to_dict() | {"version": 2, "patch": {"rank": 2}}
-    patched = routers_of(tmp_path / "c")
-    assert all(torch.equal(patched[name], weight) for name, weight in routers_of(tmp_path / "plain").items())
-    assert patch_weights(load_reference(tmp_path / "c"))[1].bias.abs().max() > 0
-    held_out = [read_json(tmp_path / name / "trainer_log.json")["held_out"] for name in ("plain", "c")]
-    assert held_out[0]["dense_loss"] == pytest.approx(held_out[1]["dense_loss"])
-    assert held_out[0]["loss"] != held_out[1]["loss"]
-    record = read_json(tmp_path / "c/patches.json")
-    assert (record["samples"], record["rank"]) == (64, 2) and "--patch-rank 2" in record["command"]
-    assert "## Patches" in (tmp_path / "c/README.md").read_text()
-    assert {path.name for path in tmp_path.iterdir()} == {"plain", "c"}
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--patch-rank", "33"], "--patch-rank 33: the model's hidden size is 32"),
-        (["--patch-rank", "-1"], "--patch-rank -1: 0 or more is needed"),
-        (["--patch-rank", "2", "--max-train-samples", "9"], "9 usable samples; patches need 10"),
-        (["--patch-rank", "32", "--max-train-samples", "10", "--window", "500"], "to fit patches of rank 32 on; give"),
-    ],
-)
-def test_training_refuses_before_the_work(base_dir, data_file, tmp_path, capsys, monkeypatch, flags, message):
-    monkeypatch.setattr("router_tuning.run.load_base", lambda *_: pytest.fail("the model was loaded"))
-    assert train(base_dir, data_file, tmp_path / "out", *flags) == 2
-    assert message in one_error(capsys) and not list(tmp_path.iterdir())
-
-
-def test_several_processes_are_told_the_other_way(base_dir, data_file, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("router_tuning.arguments.RouterTrainingArguments.world_size", 2)
-    assert train(base_dir, data_file, tmp_path / "out", "--patch-rank", "2") == 2
-    assert "patches are fitted by one process, and this run has 2; leave it out, and run `router-tuning patch`" in (
-        one_error(capsys)
-    )
-
-
-def test_training_interrupted_while_it_fits_goes_on(base_dir, data_file, tmp_path, monkeypatch, capsys):
-    flags = ["--patch-rank", "2", "--max-steps", "2"]
-    assert train(base_dir, data_file, tmp_path / "whole", *flags) == 0
-
-    def pressed(*_, **__):
-        os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patched:
-        patched.setattr("router_tuning.patches.fit", pressed)
-        assert train(base_dir, data_file, tmp_path / "out", *flags) == 130
-    assert "--resume" in capsys.readouterr().err and not (tmp_path / "out").exists()
-    assert train(base_dir, data_file, tmp_path / "out", *flags, "--resume") == 0
-    whole = routers_of(tmp_path / "whole")
-    assert all(torch.equal(whole[name], tensor) for name, tensor in routers_of(tmp_path / "out").items())
+@pytest.mark.parametrize("name", ["calibration.json", "evaluation.json", "trainer_log.json"])
+def test_a_record_that_cannot_be_read(checkpoint, data_file, capsys, name):
+    (checkpoint / name).write_text("{")
+    before = content(checkpoint)
+    assert patch(checkpoint, data_file) == 2
+    assert f"{name}: cannot be read" in one_error(capsys)
+    assert content(checkpoint) == before

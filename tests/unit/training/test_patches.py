@@ -234,6 +234,17 @@ def test_activations_that_are_not_finite_are_named(tmp_path):
         fit_patches(model, collate(some_samples(), mod, 2, 4, "data"), 2, tmp_path, quiet=True)
 
 
+def test_in_bf16_it_is_the_same_but_for_rounding(tmp_path):
+    mod = config("block_sequence", window=3)
+    batches, found = collate(some_samples(), mod, 4, 6, "data"), []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_llama().to(dtype)
+        attach_routers(model, mod, random_routers())
+        found.append(fit_patches(model, batches, 4, tmp_path, quiet=True))
+        assert all(one.patch.bias.dtype == torch.float32 for one in found[-1].values())
+    torch.testing.assert_close(found[0][1].patch.bias, found[1][1].patch.bias, atol=0.05, rtol=0.05)
+
+
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
