@@ -252,7 +252,7 @@ def test_tokens_that_the_model_lacks(checkpoint, base_dir, data_file, tmp_path, 
 
 @pytest.mark.parametrize("output", [False, True])
 @pytest.mark.parametrize(
-    "moment", ["router_tuning.patches.fit", "vllm_mod.checkpoint._save_tensors", "router_tuning.card.render"]
+    "moment", ["router_tuning.patches.fit", "vllm_mod.checkpoint._save_tensors", "router_tuning.card.write"]
 )
 def test_an_interrupt_leaves_all_or_nothing(checkpoint, data_file, tmp_path, monkeypatch, capsys, moment, output):
     package, name = moment.rsplit(".", 1)
