@@ -29,6 +29,7 @@ from .files import (
     open_weights,
     read_json,
     replace_json,
+    replacing,
     side_files,
     weight_map,
     write_json,
@@ -168,7 +169,7 @@ def write_routers(
     """Write a router-only directory; it appears whole or not at all."""
     with atomic_directory(Path(output)) as directory:
         write_json(directory / ROUTER_CONFIG_FILE, config.to_dict())
-        _save_tensors(directory, named_tensors(routers, patches))
+        _save_tensors(directory / ROUTERS_FILE, named_tensors(routers, patches))
     return Path(output)
 
 
@@ -204,11 +205,10 @@ def write_checkpoint(
         kept = {key: value for key, value in base_config.items() if key not in _NOT_CARRIED}
         write_json(directory / CONFIG_FILE, kept | {"architectures": [architecture], "mod_config": config.to_dict()})
         if tensors:
-            _save_tensors(directory, tensors)
+            _save_tensors(directory / ROUTERS_FILE, tensors)
             weights |= dict.fromkeys(tensors, ROUTERS_FILE)
         total = sum((directory / name).stat().st_size for name in set(weights.values()))
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
-        write_json(directory / INDEX_FILE, index)
+        write_json(directory / INDEX_FILE, _index(weights, total))
         for name, text in (records or {}).items():
             (directory / name).unlink(missing_ok=True)  # it may be a hard link to the base's
             (directory / name).write_text(text, encoding="utf-8")
@@ -247,11 +247,49 @@ def _place_weights(source: Path, target: Path) -> None:
         target.chmod(0o644)
 
 
-def _save_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     # Copies, because layers may share a tensor or be views of one, which safetensors refuses.
     tensors = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
-    save_file(tensors, directory / ROUTERS_FILE, metadata={"format": "pt"})
-    (directory / ROUTERS_FILE).chmod(0o644)  # safetensors leaves 0600: nobody else could serve the checkpoint
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors leaves 0600: nobody else could serve the checkpoint
+
+
+def check_replaceable(directory: Path) -> None:
+    """Raise ConfigError where `replace_routers` could not: routers lie among the weights of a full checkpoint."""
+    path, tensors = load_router_tensors(directory)
+    if tensors and path != directory / ROUTERS_FILE and not is_router_only(directory):
+        raise ConfigError(f"{path}: holds routers among the base's weights; export the checkpoint from its base again")
+
+
+def replace_routers(
+    directory: str | Path, config: ModConfig, routers: Mapping[int, Tensor], patches: Mapping[int, Patch]
+) -> None:
+    """Give a full checkpoint or a router-only directory other routers and patches, and a config that has them.
+
+    All is written first, then renamed. Raises ConfigError, with the directory as it was, if they do not fit or the disk
+    is full. Call `check_replaceable` before.
+    """
+    directory, tensors = Path(directory), named_tensors(routers, patches)
+    paths = [directory / ROUTERS_FILE]
+    if is_router_only(directory):
+        with replacing(*paths, directory / ROUTER_CONFIG_FILE) as (weights, settings):
+            _save_tensors(weights, tensors)
+            write_json(settings, config.to_dict())
+        return
+    base_config = read_json(directory / CONFIG_FILE)
+    check_routers(tensors, config, BaseShape.of(base_config, str(directory / CONFIG_FILE)), "routers")
+    names = base_weight_map(directory) | dict.fromkeys(tensors, ROUTERS_FILE)
+    with replacing(*paths, directory / INDEX_FILE, directory / CONFIG_FILE) as (weights, index, settings):
+        _save_tensors(weights, tensors)
+        others = set(names.values()) - {ROUTERS_FILE}
+        total = weights.stat().st_size + sum((directory / name).stat().st_size for name in others)
+        write_json(index, _index(names, total))
+        write_json(settings, base_config | {"mod_config": config.to_dict()})
+
+
+def _index(names: Mapping[str, str], total_size: int) -> dict[str, Any]:
+    """names: tensor -> file."""
+    return {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(names.items()))}
 
 
 def write_mod_config(directory: str | Path, config: ModConfig) -> None:

@@ -219,16 +219,30 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def replace_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write a JSON file in one step. An old file of that name keeps its content where it is linked elsewhere."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as (temporary,):
         write_json(temporary, data)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error}; it is as it was") from error
+
+
+@contextlib.contextmanager
+def replacing(*paths: Path) -> Iterator[list[Path]]:
+    """Files to write to that take the names of `paths`, one right after the other, when the block ends well.
+
+    Raises ConfigError, with all as it was, where they cannot be written.
+    """
+    temporaries = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths]
+    try:
+        yield temporaries
+        for temporary in temporaries:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+        for temporary, path in zip(temporaries, paths, strict=True):
+            os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        where = paths[0] if len(paths) == 1 else paths[0].parent
+        raise ConfigError(f"{where}: cannot be written: {error}; it is as it was") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -1,11 +1,15 @@
 """What a skipped sublayer adds in its place (version 2): served as the float32 reference computes it."""
 
+import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from router_tuning.patches import with_patch
 from tests.support.models import routed_checkpoint
+from vllm_mod.checkpoint import read_mod_config
 
 from .harness import assert_equals_reference, assert_same, engine, generate, random_prompts
 from .test_decode import static_decode
@@ -44,6 +48,27 @@ def test_parity(base: Path, tmp_path: Path, granularity: str, rank: int, config:
     without = routed_checkpoint(base, tmp_path / "without", granularity, LAYERS, **{**options, "patch": None})
     with pytest.raises(AssertionError):  # the patch is no small thing
         assert_equals_reference(without, prompts, answers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("granularity", "config"), [("attn_sequence", {"window": 8}), ("block_token", {}), ("mlp_static", {})]
+)
+def test_what_was_fitted_is_served(base: Path, tmp_path: Path, granularity: str, config: dict[str, Any]) -> None:
+    from router_tuning.cli import main
+
+    data, letters = tmp_path / "data.jsonl", random.Random(3)
+    words = ["".join(letters.choices("abcdefgh ", k=letters.randint(4, 30))) for _ in range(60)]
+    rows = [{"prompt": a, "completion": b} for a, b in zip(words[::2], words[1::2], strict=True)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    checkpoint = routed_checkpoint(base, tmp_path / "c", granularity, LAYERS, version=2, **config)
+    assert main(["patch", str(checkpoint), "--data", str(data), "--rank", "4"]) == 0
+    prompts = random_prompts(LENGTHS)
+    with engine(checkpoint) as llm:
+        answers = generate(llm, prompts, 16)
+    assert_equals_reference(checkpoint, prompts, answers)
+    with pytest.raises(AssertionError):
+        assert_equals_reference(checkpoint, prompts, answers, with_patch(read_mod_config(checkpoint), None))
 
 
 def test_skipping_everything_equals_the_static_checkpoint(base: Path, tmp_path: Path) -> None:

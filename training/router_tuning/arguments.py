@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +66,12 @@ class RouterArguments:
         default=None,
         metadata={"aliases": ["--lambda"], "help": "weight of the capacity loss: where the controller starts "
                   "(default 0), or the paper's fixed value (default 0.01)"},
+    )  # fmt: skip
+    patch_rank: int | None = field(
+        default=None,
+        metadata={"help": "when the routers are trained, fit patches of this rank, which stand in for what is skipped, "
+                  "on training samples (as `router-tuning patch` does); 0: a bias; default: nothing stands in, as in "
+                  "the paper"},
     )  # fmt: skip
     max_length: int = field(default=1024, metadata={"help": "longer samples are truncated; counted"})
     max_train_samples: int | None = field(
@@ -173,11 +177,21 @@ class ExportArguments:
         metadata={"help": "write an attn_static checkpoint that drops the N attentions which change their input least "
                   "on --data (LLM-Drop's criterion)"},
     )  # fmt: skip
+    patch_rank: int | None = field(
+        default=None,
+        metadata={"help": "fit patches of this rank, which stand in for the dropped attentions, on the same --data "
+                  "(as `router-tuning patch` does for checkpoints that are there); default: nothing stands in"},
+    )  # fmt: skip
     data: list[str] | None = field(
         default=None, metadata={"help": "calibration data of --drop-attention, as for train"}
     )
-    max_samples: int = field(default=128, metadata={"help": "calibration samples"})
+    max_samples: int = field(
+        default=128, metadata={"help": "calibration samples; patches are the better for several times more"}
+    )
     max_length: int = field(default=1024, metadata={"help": "tokens of a calibration sample"})
+    eval_fraction: float = field(
+        default=0.0, metadata={"help": "leave out the last part of every file, as train holds it out (there 0.02)"}
+    )
 
 
 @dataclass
@@ -207,56 +221,31 @@ class CalibrateArguments:
     )
 
 
-def _at_least(least: float) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: least <= value < math.inf, f"{least:g} or more is needed"
+@dataclass
+class PatchArguments:
+    """Patches for a routed or static checkpoint: a linear map and a bias that stand in for a sublayer where it is
+    skipped, fitted in closed form to what it would have added. They cost no training and no KV cache."""
 
-
-_POSITIVE: tuple[Callable[[Any], bool], str] = (lambda value: 0 < value < math.inf, "a positive number is needed")
-_BETA: tuple[Callable[[Any], bool], str] = (lambda value: 0 <= value < 1, "a number from 0 to below 1 is needed")
-_SEED: tuple[Callable[[Any], bool], str] = (lambda value: 0 <= value < 1 << 32, "0 to 4294967295 is needed")
-
-
-def _is_object(value: Any) -> bool:
-    try:
-        return isinstance(json.loads(value), dict)
-    except (TypeError, ValueError):
-        return False
-
-
-_OBJECT = (_is_object, "a JSON object such as '{\"key\": 1}' is needed")
-
-#: Flag (of any command) -> (is this value right?, what is needed). None is always right where it is the default.
-VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_length": _at_least(2),
-    "max_samples": _at_least(1),
-    "batch_size": _at_least(1),
-    "max_train_samples": (lambda value: value >= 0, "1 or more is needed (0: all)"),
-    "max_eval_samples": (lambda value: value >= 0, "1 or more is needed (0: all)"),
-    "capacity_lambda": (math.isfinite, "a finite number is needed"),
-    "per_device_train_batch_size": _at_least(1),
-    "per_device_eval_batch_size": _at_least(1),
-    "gradient_accumulation_steps": _at_least(1),
-    "num_train_epochs": _POSITIVE,
-    "max_steps": (lambda value: value == -1 or value > 0, "1 or more is needed (-1: by --num-train-epochs)"),
-    "learning_rate": _POSITIVE,
-    "warmup_steps": _at_least(0),
-    "weight_decay": _at_least(0),
-    "adam_beta1": _BETA,
-    "adam_beta2": _BETA,
-    "adam_epsilon": _POSITIVE,
-    "max_grad_norm": _at_least(0),
-    "logging_steps": _POSITIVE,
-    "save_steps": _POSITIVE,
-    "eval_steps": _POSITIVE,
-    "eval_delay": _at_least(0),
-    "gradient_checkpointing_kwargs": _OBJECT,
-    "lr_scheduler_kwargs": _OBJECT,
-    "dataloader_num_workers": _at_least(0),
-    "dataloader_prefetch_factor": _at_least(1),
-    "neftune_noise_alpha": _at_least(0),
-    "seed": _SEED,
-    "data_seed": _SEED,
-}
+    checkpoint: str = field(metadata={"help": "full checkpoint or router-only directory; patches it has are replaced"})
+    data: list[str] = field(metadata={"help": "prompts with answers like those that will be served, as for train"})
+    rank: int = field(
+        default=64, metadata={"help": "rank of the map, up to the hidden size: more fits better and costs more at "
+                              "serving; 0: the bias alone"}
+    )  # fmt: skip
+    output: str | None = field(
+        default=None, metadata={"help": "write another checkpoint instead, which must not exist; default: in place"}
+    )
+    eval_fraction: float = field(
+        default=0.02, metadata={"help": "leave out the last part of every file, as train held it out; 0: all rows"}
+    )
+    max_samples: int = field(
+        default=512, metadata={"help": "samples that are fitted on; a tenth of them chooses the ridge"}
+    )
+    max_length: int = field(default=1024, metadata={"help": "tokens of a sample; longer ones are truncated"})
+    batch_size: int = field(default=16, metadata={"help": "samples per forward"})
+    model: str | None = field(
+        default=None, metadata={"help": "base model of a router-only directory; default: the one it names"}
+    )
 
 
 def parse_layers(words: Sequence[str] | None, num_layers: int) -> list[int]:

@@ -12,30 +12,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vllm_mod.calibration import Calibration, OperatingPoint, write_calibration
-from vllm_mod.checkpoint import (
-    BaseShape,
-    is_router_only,
-    read_mod_config,
-    read_patches,
-    read_routers,
-    write_mod_config,
-)
+from vllm_mod.checkpoint import read_mod_config, write_mod_config
 from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.dial import ways_to_ask
-from vllm_mod.files import CONFIG_FILE, read_json
 
 from . import card
 from .arguments import CalibrateArguments
 from .counts import Counts
 from .data import Collator, check_sources, read_sources, split_tail, tokenize
 from .fitting import Measured, Meter, fit, thresholds_like
-from .hub import local_model
-from .lora import ADAPTER_DIR, load_adapter
-from .model import attach_routers, load_base, load_reference
+from .loading import base_of, checkpoint_config, load_routed
+from .preflight import check_vocabulary
 from .tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -51,9 +41,9 @@ def calibrate(args: CalibrateArguments, command: str) -> Calibration:
     """
     directory, config = _checked(args)
     check_sources(args.data)
-    base = local_model(args.model or config.base_model or "") if is_router_only(directory) else directory
+    base = base_of(directory, config, args.model)
     batches, counts = _batches(args, config, base)
-    meter = Meter(_load(directory, config, base), batches)
+    meter = Meter(load_routed(directory, base), batches)
     # Cutoffs per layer carry what is known of the layers: for a ratio of all layers together they move together.
     prior = config.cutoffs if isinstance(config.cutoff, tuple) else (0.0,) * len(config.layers)
     fitted: dict[float, Fitted] = {}
@@ -126,10 +116,7 @@ def report(record: Calibration, directory: str) -> None:
 
 
 def _checked(args: CalibrateArguments) -> tuple[Path, ModConfig]:
-    directory = Path(args.checkpoint)
-    if not directory.is_dir():
-        raise ConfigError(f"{directory}: no such checkpoint directory")
-    config = read_mod_config(directory)
+    directory, config = checkpoint_config(args.checkpoint, args.model)
     if config.is_static:
         raise ConfigError(f"{directory}: {config.granularity} has no routers, so there is no threshold to calibrate")
     for flag, values in (("--target-capacity", [args.target_capacity]), ("--operating-points", args.operating_points)):
@@ -141,8 +128,6 @@ def _checked(args: CalibrateArguments) -> tuple[Path, ModConfig]:
     for flag, number in (("--max-samples", args.max_samples), ("--batch-size", args.batch_size)):
         if number < 1:
             raise ConfigError(f"{flag} {number}: at least 1 is needed")
-    if is_router_only(directory) and not (args.model or config.base_model):
-        raise ConfigError(f"{directory}: names no base model; pass it with --model")
     return directory, config
 
 
@@ -156,6 +141,7 @@ def _batches(args: CalibrateArguments, config: ModConfig, base: Path) -> tuple[l
     if counts.used < FEWEST_PROMPTS:
         names = ", ".join(args.data)
         raise ConfigError(f"{names}: {counts.used} usable prompts ({counts}); at least {FEWEST_PROMPTS} are needed")
+    check_vocabulary(base, samples)
     return collate(list(samples), config, args.batch_size), counts
 
 
@@ -174,19 +160,3 @@ def _deciding(sample: dict[str, Any], window: int | None) -> dict[str, Any]:
     prompt = sample["prompt_len"] or len(sample["input_ids"])
     length = min(prompt, window or prompt)
     return sample | {"prompt_len": length} | {key: sample[key][:length] for key in ("input_ids", "labels")}
-
-
-def _load(directory: Path, config: ModConfig, base: Path) -> Any:
-    on_gpu = torch.cuda.is_available()
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    if base == directory:
-        model = load_reference(directory, dtype, config)
-    else:
-        shape = BaseShape.of(read_json(base / CONFIG_FILE), str(base / CONFIG_FILE))
-        routers, patches = read_routers(directory, config, shape), read_patches(directory, config, shape)
-        model = load_base(base, dtype).eval()
-        attach_routers(model, config, routers, patches)
-        if (directory / ADAPTER_DIR).is_dir():  # the routers were trained with it
-            load_adapter(model, directory / ADAPTER_DIR)
-            model.eval()
-    return model.to("cuda") if on_gpu else model

@@ -19,6 +19,7 @@ from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.dial import ways_to_ask
 from vllm_mod.files import REFERENCE_COMMAND, read_json
 
+from . import patch_record
 from .counts import summary
 
 CARD_FILE = "README.md"
@@ -78,6 +79,7 @@ def render(directory: Path) -> str:
         "" if is_router_only(directory) else _IN_TRANSFORMERS,
         _kept(config, records["trainer_log"], calibration),
         _operating_points(config, calibration),
+        patch_record.section(directory, config),
         _evaluation(records["evaluation"]),
         _training(config, records["training_args"], records["trainer_log"], command),
         "![kept ratio and lambda in training](training.png)" if (directory / "router_tuning.png").is_file() else "",

@@ -1,4 +1,4 @@
-"""`router-tuning train | export | calibrate`: the only place that touches argv, and where errors become one line."""
+"""The commands of `router-tuning`: the only place that touches argv, and where errors become one line."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ commands:
   train     tune routers on instruction data, write a full checkpoint
   export    base model + routers (or a static granularity) -> full checkpoint
   calibrate set a checkpoint's thresholds for an exact kept ratio
+  patch     fit what stands in for a checkpoint's skipped sublayers
 
 `router-tuning COMMAND --help` lists the flags."""
 
@@ -50,6 +51,17 @@ def calibrate(argv: Sequence[str]) -> int:
     return 0
 
 
+def patch(argv: Sequence[str]) -> int:
+    from .arguments import PatchArguments
+    from .parser import parse
+    from .patch_command import patch as run_patch
+    from .patch_command import report
+
+    (args,) = parse([PatchArguments], "router-tuning patch", argv)
+    report(*run_patch(args, shlex.join(["router-tuning", "patch", *argv])))
+    return 0
+
+
 def run_record(argv: Sequence[str]) -> dict[str, str]:
     """File name -> text: how a checkpoint came to be. Nothing about the machine."""
     names = ("vllm-mod", "torch", "transformers", "datasets", "accelerate", "peft")
@@ -68,6 +80,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "export": export,
     "calibrate": calibrate,
+    "patch": patch,
 }
 
 

@@ -25,6 +25,7 @@ from .counts import Counts
 from .encode import Encoded, Encoder
 from .recipe import parse_recipe, read_recipe
 from .sources import RECIPE_SUFFIXES, Table, looks_local, read_source
+from .tokenizer import load_tokenizer
 from .values import Unusable
 
 log = logging.getLogger(__name__)
@@ -157,6 +158,21 @@ def tokenize(
         except Unusable as reason:
             counts.leave_out(reason)
     return Dataset.from_list(samples), counts
+
+
+def calibration_samples(args: Any, base: Path) -> tuple[list[dict[str, Any]], Counts]:
+    """What patches are fitted on and sublayers chosen by: samples without what training holds out.
+
+    args: `data`, `eval_fraction`, `max_samples` and `max_length`. Raises ConfigError where no sample is usable.
+    """
+    if not 0 <= args.eval_fraction < 1:
+        raise ConfigError(f"--eval-fraction {args.eval_fraction:g}: a number from 0 to below 1 is needed")
+    rows, _ = split_tail(read_sources(args.data), args.eval_fraction)
+    samples, counts = tokenize(rows, load_tokenizer(base), args.max_length, args.max_samples)
+    log.info("calibration data: %s", counts)
+    if not counts.used:
+        raise ConfigError(f"{', '.join(args.data)}: no usable calibration sample ({counts})")
+    return list(samples), counts
 
 
 def _sample(row: Encoded, max_length: int, counts: Counts) -> dict[str, Any]:

@@ -8,13 +8,24 @@ A sublayer that hardly turns its input is dropped first.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .model import architecture_of_model, decoder_layers
+from vllm_mod.checkpoint import BaseShape
+from vllm_mod.config import ConfigError, ModConfig
+from vllm_mod.tensors import Patch
+
+from .arguments import ExportArguments
+from .data import calibration_samples
+from .loading import measuring_dtype, on_best_device
+from .model import architecture_of_model, attach_routers, decoder_layers, load_base
+from .patch_record import PATCHES_FILE, PatchRecord
+from .patches import check_rank, collate, fit_patches, with_patch
+from .preflight import check_vocabulary, check_writable
 
 #: Target -> where the residual stream is read before and after it.
 _ENDS = {"attn": ("before", "between"), "mlp": ("between", "after"), "block": ("before", "after")}
@@ -68,3 +79,45 @@ def sublayer_similarity(model: Any, samples: Sequence[Sequence[int]], target: st
 def most_similar(similarity: Sequence[float], number: int) -> list[int]:
     """The `number` layers that change their input least, ascending; the earlier one first where two are equal."""
     return sorted(sorted(range(len(similarity)), key=lambda i: -similarity[i])[:number])
+
+
+def dropped(
+    args: ExportArguments, base: Path, shape: BaseShape, command: str
+) -> tuple[ModConfig, dict[int, Patch], dict[str, str]]:
+    """`export --drop-attention N`: the N layers are chosen on calibration data, and their patches fitted on it.
+
+    Returns the config, the patches if there shall be some, and records of them. command: what was typed.
+    """
+    if args.routers is not None or args.layers is not None or args.granularity not in (None, "attn_static"):
+        raise ConfigError("--drop-attention chooses the layers itself; drop --routers, --layers and --granularity")
+    if not args.data:
+        raise ConfigError("--drop-attention needs calibration data; pass --data")
+    assert args.drop_attention is not None
+    if not 0 < args.drop_attention < shape.num_layers:
+        raise ConfigError(
+            f"--drop-attention: 1 to {shape.num_layers - 1} of the {shape.num_layers} layers can be dropped"
+        )
+    settings = {"version": 1, "granularity": "attn_static", "base_model": args.model}
+    any_layers = ModConfig.parse(settings | {"layers": list(range(args.drop_attention))}, "--drop-attention")
+    if args.patch_rank is not None:
+        check_rank(args.patch_rank, any_layers, shape.hidden_size, "--patch-rank")
+    output, batches = Path(args.output), None
+    place = check_writable(output, output.absolute().parent)
+    samples, counts = calibration_samples(args, base)
+    check_vocabulary(base, samples)
+    if args.patch_rank is not None:  # what is wrong with the data is said before the model is loaded
+        batches = collate(samples, any_layers, args.patch_rank, 16, ", ".join(args.data))
+    model = on_best_device(load_base(base, measuring_dtype()).eval())
+    similarity = attention_similarity(model, [sample["input_ids"] for sample in samples])
+    layers = most_similar(similarity, args.drop_attention)
+    for i, value in enumerate(similarity):
+        print(f"layer {i:3}: similarity {value:.4f}{'  dropped' if i in layers else ''}")
+    config = ModConfig.parse(settings | {"layers": layers}, "--drop-attention")
+    if batches is None or args.patch_rank is None:
+        return config, {}, {}
+    attach_routers(model, config)
+    fitted = fit_patches(model, batches, args.patch_rank, place)
+    record = PatchRecord.of(fitted, args.patch_rank, command, args.data, len(samples), counts.to_dict())
+    record.report()
+    patches = {layer: found.patch for layer, found in fitted.items()}
+    return with_patch(config, args.patch_rank), patches, {PATCHES_FILE: record.to_text()}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,17 +27,21 @@ from . import card
 from .arguments import ExportArguments, check_output, make_mod_config
 from .hub import local_model, warn_of_strangers
 from .lora import ADAPTER_DIR
-
-log = logging.getLogger(__name__)
+from .patch_record import PATCHES_FILE
 
 
 def base_shape(directory: Path) -> BaseShape:
     """The base model's shape; raises ConfigError if it is not supported, routed already, or not whole."""
+    shape = shape_of(directory)
+    if "mod_config" in read_json(directory / CONFIG_FILE):
+        raise ConfigError(f"{directory / CONFIG_FILE}: this is a routed checkpoint; give its base model")
+    return shape
+
+
+def shape_of(directory: Path) -> BaseShape:
+    """That of a base model or a full checkpoint; raises ConfigError if it is not supported or not whole."""
     path = directory / CONFIG_FILE
-    data = read_json(path)
-    shape = BaseShape.of(data, str(path))
-    if "mod_config" in data:
-        raise ConfigError(f"{path}: this is a routed checkpoint; give its base model")
+    shape = BaseShape.of(read_json(path), str(path))
     base_weight_map(directory)
     return shape
 
@@ -50,8 +52,9 @@ def export(args: ExportArguments, records: dict[str, str] | None = None) -> Path
     base = local_model(args.model)
     shape = base_shape(base)
     warn_of_strangers(base)
-    parts = _parts(args, base, shape)
-    records = {**(records or {}), **parts.records}
+    records = records or {}
+    parts = _parts(args, base, shape, next(iter(records.get("train_command.txt", "").splitlines()), ""))
+    records = {**records, **parts.records}
     output = write_checkpoint(base, args.output, parts.config, parts.routers, records, parts.folders, parts.patches)
     card.write(output)
     return output
@@ -62,37 +65,42 @@ class Parts:
     """What a checkpoint has beside its base: see `write_checkpoint`."""
 
     config: ModConfig
-    routers: Mapping[int, Tensor] = field(default_factory=dict)
     patches: Mapping[int, Patch] = field(default_factory=dict)
-    folders: Mapping[str, Path] = field(default_factory=dict)
     records: Mapping[str, str] = field(default_factory=dict)
+    routers: Mapping[int, Tensor] = field(default_factory=dict)
+    folders: Mapping[str, Path] = field(default_factory=dict)
 
 
-def _parts(args: ExportArguments, base: Path, shape: BaseShape) -> Parts:
-    """What is routed, by which tensors, and what belongs to them: the adapter they were trained with, their table."""
+def _parts(args: ExportArguments, base: Path, shape: BaseShape, command: str) -> Parts:
+    """What is routed, by which tensors, and what belongs to them: the adapter they were trained with, their records.
+
+    command: what was typed."""
     if args.routers is None or args.drop_attention is not None:
         if args.window != "none":
             raise ConfigError("--window is for routers that decide per sequence; pass --routers, or drop it")
+        if args.drop_attention is not None:
+            from .drop import dropped
+
+            return Parts(*dropped(args, base, shape, command))
         return Parts(_static_config(args, base, shape))
     directory = local_model(args.routers, routers=True)
     config = _router_config(directory, args, shape)
     adapter = directory / ADAPTER_DIR
     if adapter.is_dir() and (missing := [name for name in ADAPTER_FILES if not (adapter / name).is_file()]):
         raise ConfigError(f"{adapter}: {missing[0]} is missing; the routers were trained with this adapter")
-    table = read_calibration(directory, config)
+    read_calibration(directory, config)  # refuses another's
+    records = [directory / name for name in (CALIBRATION_FILE, PATCHES_FILE)]
     return Parts(
         config,
-        read_routers(directory, config, shape),
         read_patches(directory, config, shape),
+        routers=read_routers(directory, config, shape),
         folders={ADAPTER_DIR: adapter} if adapter.is_dir() else {},
-        records={CALIBRATION_FILE: json.dumps(table.to_dict(), indent=2, ensure_ascii=False) + "\n"} if table else {},
+        records={path.name: path.read_text(encoding="utf-8") for path in records if path.is_file()},
     )
 
 
 def _static_config(args: ExportArguments, base: Path, shape: BaseShape) -> ModConfig:
-    """What is dropped for good: chosen on data, listed by the base itself, or named by the flags."""
-    if args.drop_attention is not None:
-        return drop_config(args, base, shape)
+    """What is dropped for good: listed by the base itself, or named by the flags."""
     if args.granularity is None and (skipped := skip_lists(read_json(base / CONFIG_FILE), str(base))):
         return ModConfig.parse({"version": 1, "base_model": args.model, **skipped}, "per_layer_config")
     if args.granularity is None or not args.granularity.endswith("_static"):
@@ -137,36 +145,3 @@ def _router_config(directory: Path, args: ExportArguments, shape: BaseShape) -> 
     if args.granularity is None:
         raise ConfigError(f"{directory}: no mod_config; say what the routers are for with --granularity, --layers")
     return make_mod_config(args, shape, base_model=args.model)
-
-
-def drop_config(args: ExportArguments, base: Path, shape: BaseShape) -> ModConfig:
-    """`--drop-attention N`: the N layers are chosen on calibration data."""
-    if args.routers is not None or args.layers is not None or args.granularity not in (None, "attn_static"):
-        raise ConfigError("--drop-attention chooses the layers itself; drop --routers, --layers and --granularity")
-    if not args.data:
-        raise ConfigError("--drop-attention needs calibration data; pass --data")
-    assert args.drop_attention is not None
-    if not 0 < args.drop_attention < shape.num_layers:
-        raise ConfigError(
-            f"--drop-attention: 1 to {shape.num_layers - 1} of the {shape.num_layers} layers can be dropped"
-        )
-    import torch
-
-    from .data import read_sources, split_tail, tokenize
-    from .drop import attention_similarity, most_similar
-    from .model import load_base
-    from .tokenizer import load_tokenizer
-
-    rows, _ = split_tail(read_sources(args.data), 0.0)
-    samples, counts = tokenize(rows, load_tokenizer(base), args.max_length, args.max_samples)
-    log.info("calibration data: %s", counts)
-    if not counts.used:
-        raise ConfigError(f"{', '.join(args.data)}: no usable calibration sample ({counts})")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_base(base, torch.bfloat16 if device == "cuda" else torch.float32).to(device).eval()
-    similarity = attention_similarity(model, samples["input_ids"])
-    layers = most_similar(similarity, args.drop_attention)
-    for i, value in enumerate(similarity):
-        print(f"layer {i:3}: similarity {value:.4f}{'  dropped' if i in layers else ''}")
-    config = {"version": 1, "granularity": "attn_static", "layers": layers, "base_model": args.model}
-    return ModConfig.parse(config, "--drop-attention")

@@ -24,6 +24,7 @@ from vllm_mod.files import (
 
 from . import real_model
 from .lora import ADAPTER_DIR
+from .patch_record import PATCHES_FILE
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def local_model(name: str, routers: bool = False) -> Path:
     """The directory of a model: `name` itself, one of `real_model.MODELS`, or a snapshot from the hub.
 
     A snapshot holds the model's files alone: config and index are fetched first, then what the index
-    names. routers: no more than these, their adapter and table.
+    names. routers: no more than these, their adapter and records.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -42,7 +43,7 @@ def local_model(name: str, routers: bool = False) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists():
         raise ConfigError(f"{name}: no such directory")
     adapter = [f"{ADAPTER_DIR}/{file}" for file in ADAPTER_FILES]
-    small = [CONFIG_FILE, ROUTER_CONFIG_FILE, CALIBRATION_FILE, *adapter] if routers else list(SIDE_FILES)
+    small = [CONFIG_FILE, ROUTER_CONFIG_FILE, CALIBRATION_FILE, PATCHES_FILE, *adapter] if routers else list(SIDE_FILES)
     snapshot = _fetch(name, [*small, INDEX_FILE])
     if not (snapshot / INDEX_FILE).is_file():
         weights = [WEIGHTS_FILE, *[ROUTERS_FILE] * routers]

@@ -13,7 +13,8 @@ from transformers import HfArgumentParser
 
 from vllm_mod.config import ConfigError
 
-from .arguments import VALUES, ExportArguments, RouterTrainingArguments
+from .arguments import ExportArguments, RouterTrainingArguments
+from .flag_values import VALUES
 from .trainer_flags import REFUSED, Condition, check_flags, check_needs
 
 #: What other tools, and transformers 4, call a flag. Likenesses are found without this table.
@@ -39,7 +40,7 @@ _ELSEWHERE = {
 
 
 _DROPPING: Condition = (lambda values: values["drop_attention"] is not None, "--drop-attention")
-_EXPORT_NEEDS = dict.fromkeys(("data", "max_samples", "max_length"), _DROPPING)
+_EXPORT_NEEDS = dict.fromkeys(("data", "max_samples", "max_length", "eval_fraction", "patch_rank"), _DROPPING)
 
 
 class OneLineParser(HfArgumentParser):
@@ -93,7 +94,11 @@ def parse(types: Sequence[Any], prog: str, argv: Sequence[str]) -> tuple[Any, ..
         if argv and not argv[0].startswith("-"):
             argv = ["--checkpoint", *argv]
     parser = OneLineParser(
-        types, prog=prog, usage=f"{prog} {required} [flags]", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        types,
+        prog=prog,
+        usage=f"{prog} {required} [flags]",
+        description=types[0].__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     given = parser.given(argv)
     if needed[0] == "checkpoint" and "checkpoint" not in given and "help" not in given:

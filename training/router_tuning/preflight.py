@@ -6,7 +6,7 @@ import json
 import tempfile
 import zlib
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,15 @@ def check_machine(training_args: RouterTrainingArguments, command: str) -> None:
         raise ConfigError("--fp16 needs a GPU; on a CPU use --bf16, or neither")
 
 
+def check_patches(args: RouterArguments, training_args: RouterTrainingArguments) -> None:
+    """Whether `--patch-rank` can be had in this run."""
+    if args.patch_rank is not None and training_args.world_size > 1:
+        raise ConfigError(
+            f"--patch-rank: patches are fitted by one process, and this run has {training_args.world_size}; leave it "
+            "out, and run `router-tuning patch` on the checkpoint afterwards"
+        )
+
+
 def check_reports(training_args: RouterTrainingArguments) -> None:
     """Every `--report-to` must be known, and its package there."""
     try:
@@ -77,21 +86,24 @@ def check_directories(output: str, run_dir: Path) -> None:
     check_writable(run_dir, run_dir.absolute())
 
 
-def check_writable(path: Path, place: Path) -> None:
-    """Raise ConfigError, naming `path`, unless directories can be made in `place`; nothing of the try is left."""
+def check_writable(path: Path, place: Path) -> Path:
+    """Raise ConfigError, naming `path`, unless directories can be made in `place`; nothing of the try is left.
+
+    Returns `place`, or what is there of it.
+    """
     try:
         while not place.exists():
             place = place.parent
         with tempfile.TemporaryDirectory(dir=place, prefix=".router-tuning-"):
-            pass
+            return place
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {place}: {error.strerror}") from None
 
 
-def check_vocabulary(base: Path, *samples: Any) -> None:
+def check_vocabulary(base: Path, *samples: Iterable[Mapping[str, Any]]) -> None:
     """Every token must have an embedding: on a GPU one that has none ends all, without a word of why."""
     size = read_json(base / "config.json").get("vocab_size")
-    largest = max(max(ids) for part in samples for ids in part["input_ids"])
+    largest = max(max(sample["input_ids"]) for part in samples for sample in part)
     if isinstance(size, int) and largest >= size:
         raise ConfigError(f"{base}: its tokenizer gives token {largest}, and the model has {size} (vocab_size)")
 

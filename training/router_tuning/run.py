@@ -33,13 +33,18 @@ from .hub import local_model
 from .interrupt import StopOnInterrupt, ignored
 from .loss import CapacityLoss
 from .model import attach_routers, freeze_base, load_base, routing_of
+from .patch_record import PATCHES_FILE, PatchRecord
+from .patches import check_rank, collate, fit_patches, with_patch
 from .plot import PLOT_FILE, plot_training
+from .ridge import Fitted
 from .tokenizer import load_tokenizer
 from .trainer import RouterTrainer, writable
 
 log = logging.getLogger(__name__)
 
 INTERRUPTED = 130
+#: Of the training samples, as many as `router-tuning patch` takes by default.
+PATCH_SAMPLES = 512
 _SMALLER = (
     "lower --per-device-train-batch-size (and raise --gradient-accumulation-steps by as much), or --max-length, or use "
     "--gradient-checkpointing"
@@ -51,6 +56,7 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
     command = records["train_command.txt"].splitlines()[0]
     run_dir = Path(args.run_dir or args.output.rstrip("/") + ".run")
     preflight.check_machine(training_args, command)
+    preflight.check_patches(args, training_args)
     check_output(args.output)
     preflight.check_directories(args.output, run_dir)
     preflight.check_reports(training_args)
@@ -67,6 +73,9 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
     tokenizer = load_tokenizer(base)
     train_set, eval_set, data_record = _datasets(args, training_args, tokenizer)
     preflight.check_vocabulary(base, train_set, eval_set)
+    if args.patch_rank is not None:
+        check_rank(args.patch_rank, config, shape.hidden_size, "--patch-rank")
+        _patch_batches(args, config, train_set, 1)
 
     training_args.output_dir = str(run_dir)
     if training_args.learning_rate is None:
@@ -142,6 +151,7 @@ def _finish(
     model, run_dir, output = trainer.model, Path(training_args.output_dir or ""), Path(args.output)
     if args.capacity_loss == "controller":  # the paper's way ends with the last step's routers
         trainer.average.apply(routing_of(model).routers)
+    fitted = _fit_patches(trainer, args, run_dir) if args.patch_rank is not None else {}
     routed = trainer.measure()
     with lora.without_adapter(model):
         dense = trainer.measure(threshold=0.0)
@@ -154,8 +164,12 @@ def _finish(
             "training_args.json": _as_text(_arguments_record(args, training_args)),
             "trainer_log.json": _as_text(_log_record(trainer, routed, dense, parts.data)),
         }
+        config, patches = parts.config, {layer: found.patch for layer, found in fitted.items()}
+        if args.patch_rank is not None:
+            config = with_patch(config, args.patch_rank)
+            records[PATCHES_FILE] = _patch_record(trainer, args, parts, fitted).to_text()
         with lora.placed(parts.base, run_dir / states.FINAL, parts.adapter, args.lora_output) as (source, folders):
-            write_checkpoint(source, output, parts.config, routers, records, folders)
+            write_checkpoint(source, output, config, routers, records, folders, patches)
             with ignored():
                 with writable(output / PLOT_FILE, "the checkpoint is whole without it"):
                     plot_training(trainer.history, args.target_capacity, output)
@@ -164,6 +178,37 @@ def _finish(
         if args.run_dir is None:
             states.clear(run_dir)
     trainer.accelerator.wait_for_everyone()
+
+
+def _patch_samples(args: RouterArguments, train_set: Any) -> list[dict[str, Any]]:
+    return list(train_set.select(range(min(len(train_set), PATCH_SAMPLES))))
+
+
+def _patch_batches(args: RouterArguments, config: ModConfig, train_set: Any, batch_size: int) -> list[dict[str, Any]]:
+    """What patches will be fitted on; raises ConfigError if that cannot be done."""
+    assert args.patch_rank is not None
+    return collate(_patch_samples(args, train_set), config, args.patch_rank, batch_size, ", ".join(args.data))
+
+
+def _fit_patches(trainer: RouterTrainer, args: RouterArguments, run_dir: Path) -> dict[int, Fitted]:
+    """For the trained routers; the model has them from then on."""
+    assert args.patch_rank is not None
+    model: Any = trainer.model
+    config, batch_size = routing_of(model).config, trainer.args.per_device_eval_batch_size
+    batches = _patch_batches(args, config, trainer.train_dataset, batch_size)
+    place = preflight.check_writable(run_dir, run_dir.absolute())
+    try:
+        return fit_patches(model.eval(), batches, args.patch_rank, place, quiet=bool(trainer.args.disable_tqdm))
+    except ConfigError as error:
+        raise ConfigError(f"{error}; the routers are trained: go on with --resume and without --patch-rank") from None
+
+
+def _patch_record(
+    trainer: RouterTrainer, args: RouterArguments, parts: Parts, fitted: Mapping[int, Fitted]
+) -> PatchRecord:
+    command = parts.records["train_command.txt"].splitlines()[0]
+    samples = len(_patch_samples(args, trainer.train_dataset))
+    return PatchRecord.of(fitted, args.patch_rank or 0, command, args.data, samples, parts.data["training"])
 
 
 def _checked_config(args: RouterArguments, shape: BaseShape) -> ModConfig:

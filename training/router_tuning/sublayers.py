@@ -6,6 +6,8 @@ is copied. Each subclass asks the shared `Routing` and hands the rest to the sto
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any
 
@@ -139,3 +141,14 @@ def make_skippable(module: nn.Module, mixin: Any, layer: int, routing: Routing) 
     module.__class__ = _routed_class(mixin, stock)
     module._mod_layer = layer  # type: ignore[assignment]
     module._mod_routing = routing  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def stock(module: nn.Module) -> Iterator[None]:
+    """While it lasts, a skippable sublayer is the stock one again, which every token runs."""
+    skippable: Any = type(module)
+    module.__class__ = skippable.__bases__[1]
+    try:
+        yield
+    finally:
+        module.__class__ = skippable

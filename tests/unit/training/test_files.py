@@ -74,7 +74,7 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, name, content, pack)
         ("a.jsonl", b"\xff\xff", "cannot be read: .*utf-8"),
         ("a.jsonl", LINES.decode().encode("utf-16"), "it is UTF-16; save it as UTF-8"),
         ("a.json", LINES.decode().encode("utf-16-le"), "it is UTF-16; save it as UTF-8"),
-        ("a.csv.gz", gzip.compress("text\na\n".encode("utf-16-be")), "it is UTF-16; save it as UTF-8"),
+        ("a.csv.gz", gzip.compress("text\na\n".encode("utf-16-be"), mtime=0), "it is UTF-16; save it as UTF-8"),
         ("a.jsonl.gz", b"not gzip", "cannot be read"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 100, mtime=0)[:-12], "cannot be read"),
         ("a.json", b"[1, 2]", "a list of JSON objects"),

@@ -1,0 +1,89 @@
+"""`router-tuning train --patch-rank R`: patches for routers that were just trained."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+
+from router_tuning import ridge
+from router_tuning.model import load_reference, patch_weights
+from tests.unit.training.test_trainer import one_error, routers_of, train
+from vllm_mod.checkpoint import read_mod_config
+from vllm_mod.files import read_json
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_token"])
+def test_training_with_patches(base_dir, data_file, tmp_path, granularity):
+    """They are fitted once the routers are there, measured with them, and change nothing of the routers."""
+    flags = ["--granularity", granularity]
+    assert train(base_dir, data_file, tmp_path / "plain", *flags) == 0
+    assert train(base_dir, data_file, tmp_path / "c", *flags, "--patch-rank", "2") == 0
+    plain, config = read_mod_config(tmp_path / "plain"), read_mod_config(tmp_path / "c")
+    assert config.to_dict() == plain.to_dict() | {"version": 2, "patch": {"rank": 2}}
+    patched = routers_of(tmp_path / "c")
+    assert all(torch.equal(patched[name], weight) for name, weight in routers_of(tmp_path / "plain").items())
+    assert patch_weights(load_reference(tmp_path / "c"))[1].bias.abs().max() > 0
+    held_out = [read_json(tmp_path / name / "trainer_log.json")["held_out"] for name in ("plain", "c")]
+    assert held_out[0]["dense_loss"] == pytest.approx(held_out[1]["dense_loss"])
+    assert held_out[0]["loss"] != held_out[1]["loss"]
+    record = read_json(tmp_path / "c/patches.json")
+    assert (record["samples"], record["rank"]) == (64, 2) and "--patch-rank 2" in record["command"]
+    assert "## Patches" in (tmp_path / "c/README.md").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"plain", "c"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--patch-rank", "33"], "--patch-rank 33: the model's hidden size is 32"),
+        (["--patch-rank", "-1"], "--patch-rank -1: 0 or more is needed"),
+        (["--patch-rank", "2", "--max-train-samples", "9"], "9 usable samples; patches need 10"),
+        (["--patch-rank", "32", "--max-train-samples", "10", "--window", "500"], "to fit patches of rank 32 on; give"),
+    ],
+)
+def test_training_refuses_before_the_work(base_dir, data_file, tmp_path, capsys, monkeypatch, flags, message):
+    monkeypatch.setattr("router_tuning.run.load_base", lambda *_: pytest.fail("the model was loaded"))
+    assert train(base_dir, data_file, tmp_path / "out", *flags) == 2
+    assert message in one_error(capsys) and not list(tmp_path.iterdir())
+
+
+def test_several_processes_are_told_the_other_way(base_dir, data_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("router_tuning.arguments.RouterTrainingArguments.world_size", 2)
+    assert train(base_dir, data_file, tmp_path / "out", "--patch-rank", "2") == 2
+    assert "patches are fitted by one process, and this run has 2; leave it out, and run `router-tuning patch`" in (
+        one_error(capsys)
+    )
+
+
+def test_training_interrupted_while_it_fits_goes_on(base_dir, data_file, tmp_path, monkeypatch, capsys):
+    flags = ["--patch-rank", "2", "--max-steps", "2"]
+    assert train(base_dir, data_file, tmp_path / "whole", *flags) == 0
+
+    def pressed(*_, **__):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("router_tuning.patches.fit", pressed)
+        assert train(base_dir, data_file, tmp_path / "out", *flags) == 130
+    assert "--resume" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert train(base_dir, data_file, tmp_path / "out", *flags, "--resume") == 0
+    whole = routers_of(tmp_path / "whole")
+    assert all(torch.equal(whole[name], tensor) for name, tensor in routers_of(tmp_path / "out").items())
+
+
+def test_routers_are_not_lost_where_patches_cannot_be_fitted(base_dir, data_file, tmp_path, monkeypatch, capsys):
+    def too_low(*_, **__):
+        raise ridge.TooLowRank("7 tokens differ in 1 directions")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("router_tuning.patches.fit", too_low)
+        assert train(base_dir, data_file, tmp_path / "out", "--patch-rank", "2") == 2
+    assert "layer 1: 7 tokens differ in 1 directions, which does not do for a patch of rank 2" in (
+        error := one_error(capsys)
+    )
+    assert error.endswith("go on with --resume and without --patch-rank") and not (tmp_path / "out").exists()
+    assert train(base_dir, data_file, tmp_path / "out", "--resume") == 0
+    assert read_mod_config(tmp_path / "out").patch is None

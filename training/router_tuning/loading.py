@@ -1,0 +1,59 @@
+"""A checkpoint or router-only directory with its base, loaded to be measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_mod.checkpoint import BaseShape, is_router_only, read_mod_config, read_patches, read_routers
+from vllm_mod.config import ConfigError, ModConfig
+from vllm_mod.files import CONFIG_FILE, read_json
+
+from .hub import local_model
+from .lora import ADAPTER_DIR, load_adapter
+from .model import attach_routers, load_base, load_reference
+
+
+def checkpoint_config(checkpoint: str, model: str | None) -> tuple[Path, ModConfig]:
+    """The directory that was named, and what it routes. model: `--model`, for a router-only directory."""
+    directory = Path(checkpoint)
+    if not directory.is_dir():
+        raise ConfigError(f"{directory}: no such checkpoint directory")
+    config = read_mod_config(directory)
+    if is_router_only(directory) and not (model or config.base_model):
+        raise ConfigError(f"{directory}: names no base model; pass it with --model")
+    return directory, config
+
+
+def base_of(directory: Path, config: ModConfig, model: str | None) -> Path:
+    """Where a checkpoint's weights are: in itself, unless it is router-only."""
+    return local_model(model or config.base_model or "") if is_router_only(directory) else directory
+
+
+def on_best_device(model: Any) -> Any:
+    return model.to("cuda") if torch.cuda.is_available() else model
+
+
+def measuring_dtype() -> torch.dtype:
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+def load_routed(directory: Path, base: Path, config: ModConfig | None = None) -> Any:
+    """The routed model of a directory (`base_of` gives `base`), in eval mode, on the GPU where there is one.
+
+    config: in place of the stored one, as for `load_reference`. An adapter is part of it: routers were trained with it.
+    """
+    if base == directory:
+        return on_best_device(load_reference(directory, measuring_dtype(), config))
+    stored = read_mod_config(directory)
+    shape = BaseShape.of(read_json(base / CONFIG_FILE), str(base / CONFIG_FILE))
+    config = config or stored
+    routers, patches = read_routers(directory, stored, shape), read_patches(directory, stored, shape)
+    model = load_base(base, measuring_dtype()).eval()
+    attach_routers(model, config, routers, patches if config.patch is not None else {})
+    if (directory / ADAPTER_DIR).is_dir():
+        load_adapter(model, directory / ADAPTER_DIR)
+        model.eval()
+    return on_best_device(model)

@@ -1,0 +1,84 @@
+"""`patches.json`: how a checkpoint's patches were fitted. Read by the model card alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from vllm_mod.config import ModConfig, Strict
+from vllm_mod.files import read_json, replace_json
+
+from .ridge import Fitted
+
+PATCHES_FILE = "patches.json"
+
+
+class LayerRecord(Strict):
+    """One layer's patch."""
+
+    tokens: int = Field(ge=1, description="that it was fitted to")
+    ridge: float | None = Field(None, description="chosen on held-out tokens; in units of the inputs' mean variance")
+    explained: float = Field(description="share of the variance of the sublayer's output, on held-out tokens")
+
+
+class PatchRecord(Strict):
+    command: str | None = Field(None, description="what was typed")
+    data: list[str] = Field(default_factory=list)
+    samples: int = Field(ge=1)
+    rows: dict[str, Any] = Field(default_factory=dict, description="what became of the rows of the data")
+    rank: int = Field(ge=0)
+    layers: dict[str, LayerRecord]
+
+    @classmethod
+    def of(
+        cls,
+        fitted: Mapping[int, Fitted],
+        rank: int,
+        command: str,
+        data: list[str],
+        samples: int,
+        rows: dict[str, Any],
+    ) -> PatchRecord:
+        """rows: what `Counts.to_dict` says of the data."""
+        layers = {
+            str(layer): LayerRecord(tokens=found.tokens, ridge=found.ridge, explained=found.explained)
+            for layer, found in fitted.items()
+        }
+        return cls(command=command, data=list(data), samples=samples, rows=rows, rank=rank, layers=layers)
+
+    def to_text(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+
+    def write(self, directory: Path) -> None:
+        replace_json(directory / PATCHES_FILE, self.model_dump(mode="json"))
+
+    def report(self) -> None:
+        """One line per layer."""
+        for layer, found in self.layers.items():
+            ridge = "" if found.ridge is None else f", ridge {found.ridge:g}"
+            print(f"layer {layer:>3}: {found.explained:6.3f} of its output's variance on held-out tokens{ridge}")
+
+
+def section(directory: Path, config: ModConfig) -> str:
+    """The model card's; empty where the checkpoint has no patches, or none of this record."""
+    path = directory / PATCHES_FILE
+    if config.patch is None or not path.is_file():
+        return ""
+    record = PatchRecord.parse(read_json(path), str(path))
+    if record.rank != config.patch.rank:
+        return ""
+    lines = ["| layer | explained on held-out tokens | ridge |", "| --- | --- | --- |"]
+    for layer, found in record.layers.items():
+        ridge = "-" if found.ridge is None else f"{found.ridge:g}"
+        lines.append(f"| {layer} | {found.explained:.3f} | {ridge} |")
+    tokens = max(layer.tokens for layer in record.layers.values())
+    return (
+        f"## Patches\n\nOf rank {record.rank}, fitted to what the sublayers would have added, on {record.samples} "
+        f"samples ({tokens} tokens). Explained is the share of that output's variance.\n\n"
+        + "\n".join(lines)
+        + f"\n\n```console\n$ {record.command or 'router-tuning patch'}\n```"
+    )

@@ -1,0 +1,175 @@
+"""Patches for a routed or static model, fitted in closed form (see `ridge`), in one pass from the first layer on.
+
+A layer's patch is fitted to the activations that it will have: upstream the routers have decided, or the sublayers are
+dropped for good, and patches that are fitted already stand in. All tokens that may skip count, whether supervised or
+not; those of a decision window never skip.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vllm_mod.config import ConfigError, ModConfig
+from vllm_mod.tensors import Patch
+
+from .data import Collator
+from .layerwise import Batch, HiddenStates, advance, sublayer
+from .ridge import Fitted, Moments, TooLowRank, fit
+from .routing import LinearPatch, Routing, routing_of
+
+log = logging.getLogger(__name__)
+
+#: Every tenth sample is held out to choose the ridge.
+HELD_OUT = 10
+_MORE = "give more --data or --max-samples, or a lower rank"
+
+
+def check_rank(rank: int, config: ModConfig, hidden_size: int, flag: str) -> None:
+    """Raise ConfigError, naming `flag`, unless patches of this rank can be had."""
+    if config.target == "expert":
+        raise ConfigError(f"{flag}: {config.granularity} has no patches; attn_*, mlp_* and block_* may have them")
+    if rank > hidden_size:
+        raise ConfigError(f"{flag} {rank}: the model's hidden size is {hidden_size}, so no patch has a higher rank")
+
+
+def with_patch(config: ModConfig, rank: int | None) -> ModConfig:
+    """The same routing with patches of this rank (None: without)."""
+    data = {key: value for key, value in config.to_dict().items() if key != "patch"}
+    more = {} if rank is None else {"version": 2, "patch": {"rank": rank}}
+    return ModConfig.parse(data | more, "mod_config")
+
+
+def collate(
+    samples: Sequence[Mapping[str, Any]], config: ModConfig, rank: int, batch_size: int, where: str
+) -> list[dict[str, Tensor]]:
+    """Batches of similar length, with `held_out`, bool `[B]`.
+
+    Raises ConfigError, naming `where`, if there are too few samples, or too few tokens that may skip for the rank.
+    """
+    if len(samples) < HELD_OUT:
+        raise ConfigError(f"{where}: {len(samples)} usable samples; patches need {HELD_OUT}, one of them held out")
+    skippable = [_may_skip(sample, config) for sample in samples]
+    order = [number for number, tokens in enumerate(skippable) if tokens]
+    random.Random(0).shuffle(order)
+    held_out = set(order[::HELD_OUT])
+    tokens = sum(skippable[number] for number in order if number not in held_out)
+    if tokens <= rank:
+        behind = "" if config.window is None else f" behind the window of {config.window} tokens"
+        raise ConfigError(f"{where}: {tokens} tokens{behind} to fit patches of rank {rank} on; {_MORE}")
+    by_length = sorted(range(len(samples)), key=lambda number: len(samples[number]["input_ids"]))
+    batches = []
+    for first in range(0, len(by_length), batch_size):
+        part = by_length[first : first + batch_size]
+        batch = Collator(0)([dict(samples[number]) for number in part])  # what fills the masked places does not matter
+        del batch["labels"]
+        batches.append(batch | {"held_out": torch.tensor([number in held_out for number in part])})
+    return batches
+
+
+def _may_skip(sample: Mapping[str, Any], config: ModConfig) -> int:
+    """Tokens of a sample behind its window."""
+    length = len(sample["input_ids"])
+    return length if config.window is None else length - min(config.window, sample["prompt_len"] or length)
+
+
+def fit_patches(
+    model: Any, batches: Sequence[Batch], rank: int, directory: Path, quiet: bool = False
+) -> dict[int, Fitted]:
+    """Fit a patch for every routed layer of a model in evaluation mode, give it to the model, and return them all.
+
+    What patches the model has are replaced. batches: see `collate`. Hidden states are kept in an unnamed file in
+    `directory`. Costs about two forward passes over the data. Raises ConfigError, with the model's patches as far as
+    they were fitted, where activations are not finite or differ in fewer directions than the rank.
+    """
+    state, fitted = routing_of(model), dict[int, Fitted]()
+    layers = state.config.layers
+    state.patches.clear()
+    progress = tqdm(total=2 * len(layers) * len(batches), desc="patches", unit="batch", disable=True if quiet else None)
+    with progress, contextlib.closing(HiddenStates(directory)) as states, _chance(state, quiet):
+        for place, layer in enumerate(layers):
+            progress.set_postfix_str(f"layer {layer}")
+            first = layers[place - 1] if place else 0
+            for number, batch in enumerate(batches):
+                before = states.get(number) if place else None
+                states.put(number, advance(model, batch, before, first, layer))
+                progress.update()
+            moments = _moments(model, batches, states, layer, progress)
+            fitted[layer] = _fitted(layer, *moments, rank)
+            _give(state, layer, fitted[layer].patch, model)
+    return fitted
+
+
+def _moments(
+    model: Any, batches: Sequence[Batch], states: HiddenStates, layer: int, progress: Any
+) -> tuple[Moments, Moments]:
+    """Of the samples that are fitted on, and of those held out."""
+    hidden_size = model.config.hidden_size
+    train, held_out = Moments(hidden_size, model.device), Moments(hidden_size, model.device)
+    for number, batch in enumerate(batches):
+        x, y, may_skip = sublayer(model, batch, states.get(number), layer)
+        for moments, rows in ((train, ~batch["held_out"]), (held_out, batch["held_out"])):
+            tokens = may_skip & rows[:, None].to(may_skip.device)
+            moments.add(x[tokens], y[tokens])
+        progress.update()
+    return train, held_out
+
+
+def _fitted(layer: int, train: Moments, held_out: Moments, rank: int) -> Fitted:
+    if not (train.is_finite() and held_out.is_finite()):
+        raise ConfigError(f"layer {layer}: activations are not finite; the base model overflows on these samples")
+    try:
+        return fit(train, held_out, rank)
+    except TooLowRank as error:
+        raise ConfigError(f"layer {layer}: {error}, which does not do for a patch of rank {rank}; {_MORE}") from None
+
+
+@torch.no_grad()
+def _give(state: Routing, layer: int, patch: Patch, model: Any) -> None:
+    rank = 0 if patch.down is None else len(patch.down)
+    module = LinearPatch(len(patch.bias), rank, model.device)
+    for parameter, value in zip(module.parts(), (patch.bias, patch.down, patch.up), strict=True):
+        if parameter is not None and value is not None:
+            parameter.copy_(value)
+    state.patches[layer] = module.requires_grad_(False)
+
+
+# ---------------------------------------------------------------- routers that know nothing yet
+
+
+class _Chance(nn.Module):
+    """In place of a router: it keeps by chance, as often as it shall, a request or a token at a time."""
+
+    def __init__(self, level: str, cutoff: float, kept: float, seed: int) -> None:
+        super().__init__()
+        self.level, self.level_of_keeping, self.draws = level, cutoff + kept, torch.Generator().manual_seed(seed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: `[B, T, hidden]` -> scores `[B, T]`, equal within a request at sequence level."""
+        batch, length = x.shape[:2]
+        drawn = torch.rand(batch, length if self.level == "token" else 1, generator=self.draws)
+        return (self.level_of_keeping - drawn).expand(batch, length).to(x.device)
+
+
+@contextlib.contextmanager
+def _chance(state: Routing, quiet: bool) -> Iterator[None]:
+    """While it lasts, routers of zeros (which were never trained) keep what the config's target says, or half."""
+    untrained = {i: r for i, r in state.routers.items() if not r.weight.any() and math.isfinite(state.cutoff(i))}
+    kept = 0.5 if state.config.target_capacity is None else state.config.target_capacity
+    if untrained and not quiet:
+        log.warning("routers of layers %s are zero: while patches are fitted, chance keeps %g", list(untrained), kept)
+    for layer in untrained:
+        state.routers[layer] = _Chance(state.config.level, state.cutoff(layer), kept, layer)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        state.routers.update(untrained)
