@@ -75,7 +75,7 @@ def serve(checkpoint: str, dtype: str, v2: bool, eager: bool) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        checkpoint, dtype=dtype, max_model_len=2048, gpu_memory_utilization=0.1, disable_log_stats=False,
+        checkpoint, dtype=dtype, max_model_len=2048, gpu_memory_utilization=0.15, disable_log_stats=False,
         enforce_eager=eager,
     )  # fmt: skip
     started = time.monotonic() - begin
@@ -110,6 +110,7 @@ def compared(checkpoint: Path, routed: bool, found: dict[str, Any]) -> dict[str,
 
     from router_tuning.model import load_base, load_reference, reference_decisions, reference_logits
 
+    torch.set_num_threads(2)  # several cases are compared at once
     model = load_reference(checkpoint) if routed else load_base(checkpoint, torch.float32)
     same, off, decisions = [], [], []
     for answers in found["answers"]:
@@ -140,6 +141,7 @@ def case(name: str, directory: str, dtype: str, v2: bool, eager: bool) -> dict[s
     checkpoint = base if wanted is None else routed_checkpoint(base, made, wanted[0], LAYERS, **wanted[1])
     try:
         found = serve(str(checkpoint), dtype, v2, eager)
+        progress(f"{name}: served; started after {found['start_s']} s, {found['metrics']}")
         return {k: v for k, v in found.items() if k != "answers"} | compared(checkpoint, wanted is not None, found)
     except Exception as error:  # not all of vLLM's can be pickled
         traceback.print_exc()
