@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import resource
 import shutil
 import stat
 
@@ -12,8 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.models import edit_json
-from vllm_mod import checkpoint
-from vllm_mod.architectures import ARCHITECTURES
+from tests.unit.checkpoints import SHAPE, mod_config, one_line, routers, tree
 from vllm_mod.checkpoint import (
     INDEX_FILE,
     ROUTER_CONFIG_FILE,
@@ -23,40 +21,18 @@ from vllm_mod.checkpoint import (
     load_router_tensors,
     read_json,
     read_mod_config,
-    read_patches,
     read_routers,
     router_name,
     write_checkpoint,
     write_mod_config,
     write_routers,
 )
-from vllm_mod.config import ConfigError, ModConfig
-from vllm_mod.tensors import Patch
-
-SHAPE = BaseShape("LlamaForCausalLM", num_layers=6, hidden_size=8, num_experts=None)
-
-
-def mod_config(**changes) -> ModConfig:
-    return ModConfig.parse({"version": 1, "granularity": "attn_sequence", "layers": [2, 4]} | changes, "test")
-
-
-def routers(layers=(2, 4), dtype=torch.float32):
-    return {i: torch.arange(8, dtype=dtype).view(1, 8) + i for i in layers}
+from vllm_mod.config import ConfigError
 
 
 @pytest.fixture
 def full(bare_base, tmp_path):
     return write_checkpoint(bare_base, tmp_path / "full", mod_config(target_capacity=0.5), routers())
-
-
-def tree(directory):
-    """Every path below a directory: what a failed write must leave as it was."""
-    return sorted(str(p.relative_to(directory)) for p in directory.rglob("*"))
-
-
-def one_line(error) -> str:
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 class TestWrite:
@@ -182,113 +158,6 @@ class TestWrite:
                 bare_base, tmp_path / "out", mod_config(), routers(), folders={"adapter": tmp_path / "adapter"}
             )
         assert not (tmp_path / "out").exists()
-
-
-class TestRefusedWrites:
-    """A write that fails says why in one line, and leaves the directory as it was."""
-
-    def refused(self, tmp_path, base, config=None, weights=None, output="out"):
-        before = tree(tmp_path)
-        with pytest.raises(ConfigError) as error:
-            write_checkpoint(base, tmp_path / output, config or mod_config(), routers() if weights is None else weights)
-        assert tree(tmp_path) == before
-        return one_line(error)
-
-    def test_no_base(self, tmp_path):
-        assert "base/config.json: no such file" in self.refused(tmp_path, tmp_path / "base")
-
-    def test_unsupported_architecture(self, tmp_path, bare_base):
-        edit_json(bare_base / "config.json", architectures=["GPT2LMHeadModel"])
-        message = self.refused(tmp_path, bare_base)
-        assert f"'GPT2LMHeadModel' is not supported; supported: {', '.join(ARCHITECTURES)}" in message
-
-    def test_not_a_decoder(self, tmp_path, bare_base):
-        edit_json(bare_base / "config.json", hidden_size=None)
-        assert "key 'hidden_size' is missing" in self.refused(tmp_path, bare_base)
-
-    def test_no_safetensors(self, tmp_path, bare_base):
-        (bare_base / WEIGHTS_FILE).unlink()
-        assert "only safetensors weights are read" in self.refused(tmp_path, bare_base)
-
-    def test_unreadable_weights(self, tmp_path, bare_base):
-        (bare_base / WEIGHTS_FILE).write_bytes(b"not safetensors")
-        assert f"{WEIGHTS_FILE}: not a readable safetensors file" in self.refused(tmp_path, bare_base)
-
-    def test_a_shard_is_missing(self, tmp_path, bare_base):
-        (bare_base / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "model-00001.safetensors"}}))
-        assert "model-00001.safetensors is listed, and is not in" in self.refused(tmp_path, bare_base)
-
-    def test_an_index_without_a_map(self, tmp_path, bare_base):
-        (bare_base / INDEX_FILE).write_text("{}")
-        assert f"{INDEX_FILE}: key 'weight_map' is missing" in self.refused(tmp_path, bare_base)
-
-    def test_layer_out_of_range(self, tmp_path, bare_base):
-        message = self.refused(tmp_path, bare_base, mod_config(layers=[2, 6]), routers([2, 6]))
-        assert "layer 6 is out of range, the model has layers 0 to 5" in message
-
-    def test_routers_of_another_base(self, tmp_path, bare_base):
-        wide = {i: torch.zeros(1, 16) for i in (2, 4)}
-        message = self.refused(tmp_path, bare_base, weights=wide)
-        assert "model.layers.2.router.weight has shape [1, 16], this model needs [1, 8]" in message
-        assert "another base model" in message
-
-    @pytest.mark.parametrize("existing", ["file", "directory"])
-    def test_existing_output_is_not_overwritten(self, tmp_path, bare_base, existing):
-        if existing == "file":
-            (tmp_path / "out").write_text("precious")
-        else:
-            (tmp_path / "out").mkdir()
-            (tmp_path / "out" / "precious").write_text("")
-        assert "out: exists already" in self.refused(tmp_path, bare_base)
-
-    def test_an_empty_directory_may_be_there(self, tmp_path, bare_base):
-        (tmp_path / "out").mkdir()
-        assert write_checkpoint(bare_base, tmp_path / "out", mod_config(), routers()).is_dir()
-
-    def test_the_parent_is_a_file(self, tmp_path, bare_base):
-        (tmp_path / "file").write_text("")
-        assert "cannot be written" in self.refused(tmp_path, bare_base, output="file/out")
-
-    @pytest.mark.parametrize("step", ["save_file", "link_or_copy", "write_json"])
-    def test_full_disk(self, tmp_path, bare_base, monkeypatch, step):
-        def full_disk(*_, **__):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        monkeypatch.setattr(checkpoint, step, full_disk)
-        message = self.refused(tmp_path, bare_base)
-        assert "out: cannot be written: " in message
-        assert "No space left on device; nothing was left behind" in message
-
-    def test_full_disk_after_a_failed_link(self, tmp_path, bare_base, monkeypatch):
-        def full_disk(*_, **__):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        monkeypatch.setattr(os, "link", full_disk)
-        monkeypatch.setattr(shutil, "copyfile", full_disk)
-        assert "No space left on device" in self.refused(tmp_path, bare_base)
-
-    def test_a_file_really_cannot_grow(self, tmp_path):
-        """The kernel refuses the write half-way, as a full disk does."""
-        wide = {i: torch.zeros(1, 1 << 16) for i in (2, 4)}
-        before, limits = tree(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
-        try:
-            with pytest.raises(ConfigError) as error:
-                write_routers(tmp_path / "out", mod_config(), wide)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert "out: cannot be written" in one_line(error)
-        assert tree(tmp_path) == before
-
-    def test_interrupted(self, tmp_path, bare_base, monkeypatch):
-        def interrupt(*_, **__):
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(checkpoint, "save_file", interrupt)
-        before = tree(tmp_path)
-        with pytest.raises(KeyboardInterrupt):
-            write_checkpoint(bare_base, tmp_path / "out", mod_config(), routers())
-        assert tree(tmp_path) == before
 
 
 class TestRefusedReads:
@@ -477,116 +346,3 @@ def test_json_beyond_what_python_reads(tmp_path, text):
 
 
 # ---------------------------------------------------------------- patches
-
-PATCHED = {"version": 2, "patch": {"rank": 3}}
-
-
-def patches(layers=(2, 4), rank=3, dtype=torch.float32):
-    def filled(*shape, by):
-        return torch.arange(1, 1 + torch.Size(shape).numel(), dtype=dtype).view(shape) * by
-
-    return {
-        i: Patch(filled(8, by=i), *((filled(rank, 8, by=-i), filled(8, rank, by=0.5)) if rank else ())) for i in layers
-    }
-
-
-def assert_equal(found, expected):
-    assert found.keys() == expected.keys()
-    for layer, patch in expected.items():
-        for part in ("bias", "down", "up"):
-            a, b = getattr(found[layer], part), getattr(patch, part)
-            assert (a is None) == (b is None)
-            assert a is None or (torch.equal(a, b) and a.dtype == b.dtype)
-
-
-class TestPatches:
-    @pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_token", "block_static"])
-    @pytest.mark.parametrize("rank", [0, 1, 3])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_they_come_back_as_written(self, bare_base, tmp_path, granularity, rank, dtype):
-        config = mod_config(version=2, granularity=granularity, patch={"rank": rank})
-        weights = {} if config.is_static else routers()
-        full = write_checkpoint(bare_base, tmp_path / "full", config, weights, patches=patches(rank=rank, dtype=dtype))
-        alone = write_routers(tmp_path / "routers", config, weights, patches(rank=rank, dtype=dtype))
-        for directory in (full, alone):
-            assert read_mod_config(directory) == config
-            assert read_routers(directory, config, SHAPE).keys() == weights.keys()
-            assert_equal(read_patches(directory, config, SHAPE), patches(rank=rank, dtype=dtype))
-
-    def test_the_index_and_the_file_have_the_names_of_the_format(self, bare_base, tmp_path):
-        config = mod_config(**PATCHED)
-        full = write_checkpoint(bare_base, tmp_path / "full", config, routers(), patches=patches())
-        names = {
-            f"model.layers.{i}.router.{part}": shape
-            for i in (2, 4)
-            for part, shape in {
-                "weight": [1, 8], "patch.bias": [8], "patch.down.weight": [3, 8], "patch.up.weight": [8, 3],
-            }.items()
-        }  # fmt: skip
-        assert {n: list(t.shape) for n, t in load_file(full / ROUTERS_FILE).items()} == names
-        files = read_json(full / INDEX_FILE)["weight_map"]
-        assert {name for name, file in files.items() if file == ROUTERS_FILE} == set(names)
-
-    def test_patches_of_an_earlier_export_are_left_out(self, bare_base, tmp_path):
-        config = mod_config(**PATCHED)
-        full = write_checkpoint(bare_base, tmp_path / "full", config, routers(), patches=patches())
-        out = write_checkpoint(full, tmp_path / "out", mod_config(), routers())
-        assert not [name for name in read_json(out / INDEX_FILE)["weight_map"] if "patch" in name]
-
-    def test_a_config_without_patches_has_none(self, full):
-        assert read_patches(full, mod_config(), SHAPE) == {}
-
-    NAME = "model.layers.4.router.patch."
-
-    @pytest.mark.parametrize(
-        ("change", "said"),
-        [
-            (lambda t, n: t.pop(n + "bias"), "router tensor {n}bias is missing (1 in all)"),
-            (lambda t, n: t.pop(n + "up.weight"), "router tensor {n}up.weight is missing (1 in all)"),
-            (lambda t, n: t.pop(n + "down.weight"), "router tensor {n}down.weight is missing (1 in all)"),
-            (lambda t, n: t.update({n + "scale": torch.ones(1)}), "{n}scale is no part of a patch of rank 3"),
-            (lambda t, n: t.update({n.replace("4", "5") + "bias": torch.ones(8)}), "5.router.patch.bias belongs to no"),
-            (lambda t, n: t.update({n + "bias": torch.ones(1, 8)}), "{n}bias has shape [1, 8], this model needs [8]"),
-            (lambda t, n: t.update({n + "bias": torch.ones(9)}), "needs [8]; the routers belong to another base"),
-            (
-                lambda t, n: t.update({n + "down.weight": torch.ones(2, 8)}),
-                "{n}down.weight has shape [2, 8], this model needs [3, 8]; key 'patch' says rank 3",
-            ),
-            (
-                lambda t, n: t.update({n + "up.weight": torch.ones(8, 4)}),
-                "{n}up.weight has shape [8, 4], this model needs [8, 3]; key 'patch' says rank 3",
-            ),
-            (lambda t, n: t.update({n + "bias": torch.ones(8).int()}), "{n}bias is torch.int32, a float type"),
-            (lambda t, n: t[n + "up.weight"][0].fill_(torch.nan), "{n}up.weight has values that are not finite"),
-            (lambda t, n: t[n + "bias"][3:].fill_(-torch.inf), "{n}bias has values that are not finite"),
-        ],
-    )
-    @pytest.mark.parametrize("granularity", ["attn_sequence", "attn_static"])
-    def test_bad_ones_name_file_and_tensor(self, bare_base, tmp_path, granularity, change, said):
-        config = mod_config(granularity=granularity, **PATCHED)
-        weights = {} if config.is_static else routers()
-        out = write_checkpoint(bare_base, tmp_path / "out", config, weights, patches=patches())
-        tensors = load_file(out / ROUTERS_FILE)
-        change(tensors, self.NAME)
-        save_file(tensors, out / ROUTERS_FILE)
-        for read in (read_routers, read_patches):
-            with pytest.raises(ConfigError) as error:
-                read(out, read_mod_config(out), SHAPE)
-            assert said.format(n=self.NAME) in one_line(error)
-            assert str(out / ROUTERS_FILE) in str(error.value)
-
-    def test_tensors_that_the_config_does_not_name(self, bare_base, tmp_path):
-        out = write_checkpoint(bare_base, tmp_path / "out", mod_config(**PATCHED), routers(), patches=patches())
-        for config, said in (
-            (mod_config(), r"patch\.bias is part of a patch, and mod_config has no key 'patch'"),
-            (mod_config(version=2, patch={"rank": 0}), r"down\.weight is no part of a patch of rank 0 \(key 'patch'\)"),
-        ):
-            with pytest.raises(ConfigError, match=said):
-                read_routers(out, config, SHAPE)
-
-    @pytest.mark.parametrize("given", [{}, patches(layers=[2]), patches(rank=2), patches(rank=0)])
-    def test_a_write_that_lacks_them_is_refused(self, bare_base, tmp_path, given):
-        before = tree(tmp_path)
-        with pytest.raises(ConfigError, match=r"patch\.\w+(\.weight)? (is missing|has shape)"):
-            write_checkpoint(bare_base, tmp_path / "out", mod_config(**PATCHED), routers(), patches=given)
-        assert tree(tmp_path) == before
