@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from router_tuning.calibrate import collate
 from router_tuning.cli import main
 from router_tuning.data import read_sources, tokenize
 from router_tuning.fitting import measure
@@ -326,18 +325,6 @@ def test_an_interrupt_leaves_the_checkpoint_as_it_was(routed, data_file, monkeyp
     monkeypatch.setattr("router_tuning.calibrate.fit", interrupted)
     assert calibrate(checkpoint, data_file) == 130
     assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
-
-
-@pytest.mark.parametrize(
-    ("window", "lengths"), [(None, [5, 3, 8]), (1, [1, 1, 1]), (4, [4, 3, 4]), (6, [5, 3, 6]), (10**9, [5, 3, 8])]
-)
-def test_batches_hold_the_tokens_that_decide(window, lengths):
-    version = {"version": 1} if window is None else {"version": 2, "window": window}
-    config = ModConfig.parse({"granularity": "mlp_sequence", "layers": [1], **version}, "test")
-    samples = [{"input_ids": list(range(10, 18)), "labels": [0] * 8, "prompt_len": n} for n in (5, 3, 0)]
-    (batch,) = collate(samples, config, 8)
-    assert sorted(batch["attention_mask"].sum(1).tolist()) == sorted(lengths)
-    assert torch.equal(batch["prompt_mask"], batch["attention_mask"].bool())
 
 
 def test_padding_is_never_counted(routed):

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router_tuning.calibrate import collate
 from router_tuning.fitting import Measured, cutoff_for, fit, thresholds_like
-from vllm_mod.config import logit
+from vllm_mod.config import ModConfig, logit
 from vllm_mod.gate import keeps
 
 numbers = st.floats(-1e4, 1e4, width=32)
@@ -107,3 +108,15 @@ def test_thresholds_decide_alike_or_are_none(scores, target):
 def min_gap(values: torch.Tensor) -> float:
     distinct = values.unique()
     return float((distinct[1:] - distinct[:-1]).min()) if len(distinct) > 1 else 1.0
+
+
+@pytest.mark.parametrize(
+    ("window", "lengths"), [(None, [5, 3, 8]), (1, [1, 1, 1]), (4, [4, 3, 4]), (6, [5, 3, 6]), (10**9, [5, 3, 8])]
+)
+def test_batches_hold_the_tokens_that_decide(window, lengths):
+    version = {"version": 1} if window is None else {"version": 2, "window": window}
+    config = ModConfig.parse({"granularity": "mlp_sequence", "layers": [1], **version}, "test")
+    samples = [{"input_ids": list(range(10, 18)), "labels": [0] * 8, "prompt_len": n} for n in (5, 3, 0)]
+    (batch,) = collate(samples, config, 8)
+    assert sorted(batch["attention_mask"].sum(1).tolist()) == sorted(lengths)
+    assert torch.equal(batch["prompt_mask"], batch["attention_mask"].bool())
