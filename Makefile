@@ -1,4 +1,4 @@
-# make setup | demo | test | test-slow | lint. Each works on a fresh clone: what it needs is made first.
+# make setup | demo | test | test-slow | test-nightly | lint. Each works on a fresh clone: what it needs is made first.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 
@@ -38,11 +38,15 @@ demo: setup ## train routers, serve them with vLLM, ask for an answer, show what
 
 .PHONY: test
 test: setup ## run the test suite (all but the tests marked slow), two modules at a time
-	$(BIN)/python -m pytest -n 2 --dist loadscope -m 'not slow' $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m 'not slow and not nightly' $(ARGS)
 
 .PHONY: test-slow
 test-slow: setup ## soak, two-process and large parity tests
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m slow $(ARGS)
+
+.PHONY: test-nightly
+test-nightly: setup ## what takes too long before each merge
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m nightly $(ARGS)
 
 .PHONY: lint
 lint: setup ## ruff and mypy

@@ -28,17 +28,20 @@ QUICK = {
     ),
 }
 SLOW = {
-    ("test_rehearsal.py",): "not [block_token and not [patched] and not [patched-",
     ("test_dense.py",): "test_parity and (qwen2 or mistral) and not static",
-    ("test_dense.py", "test_architectures.py"): "(test_parity or test_windows) and (phi3 or granite) and not static",
-    ("test_architectures.py", "test_dense.py"): "(test_parity or test_windows) and gemma and not static",
     ("test_moe.py",): "test_parity and olmoe and not static",
-    ("test_moe.py", "test_architectures.py"): "(test_parity or test_windows) and (qwen3_moe or mixtral) and not static",
     ("test_window.py", "test_patches.py"): (
         "(test_chunks and (mlp_sequence or block_sequence) and (24 or 4096))"
         " or (test_one_token_per_step and attn_sequence) or (test_preemption and 24) or test_parity"
     ),
     ("test_soak.py",): "test_shared_prefixes_and_dials and 120",
+}
+#: Ten minutes each.
+NIGHTLY = {
+    ("test_rehearsal.py",): "not [block_token and not [patched] and not [patched-",
+    ("test_dense.py", "test_architectures.py"): "(test_parity or test_windows) and (phi3 or granite) and not static",
+    ("test_architectures.py", "test_dense.py"): "(test_parity or test_windows) and gemma and not static",
+    ("test_moe.py", "test_architectures.py"): "(test_parity or test_windows) and (qwen3_moe or mixtral) and not static",
 }
 #: The GPU worker of vLLM 0.31 starts up in other steps than the rehearsal knows.
 OLD_WORKER = importlib.util.find_spec("vllm.model_executor.warmup.attention_warmup") is None
@@ -51,6 +54,7 @@ def _marks(files: tuple[str, ...]) -> list[pytest.MarkDecorator]:
 CASES = [
     *(pytest.param(*case, id=case[1], marks=_marks(case[0])) for case in QUICK.items()),
     *(pytest.param(*case, id=case[1], marks=[pytest.mark.slow, *_marks(case[0])]) for case in SLOW.items()),
+    *(pytest.param(*case, id=case[1], marks=[pytest.mark.nightly, *_marks(case[0])]) for case in NIGHTLY.items()),
 ]
 
 
