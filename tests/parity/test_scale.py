@@ -96,4 +96,4 @@ def test_a_few_requests_scheduled_ahead(base: Path, tmp_path: Path, monkeypatch:
         vllm_config.scheduler_config.async_scheduling = True  # vLLM has it off on the CPU, where it gains nothing
 
     monkeypatch.setattr(CpuPlatform, "check_and_update_config", staticmethod(check_and_update_config))
-    _run(base, tmp_path, **FEW, blocks=9, longest=256, ahead=True)
+    _run(base, tmp_path, **FEW, blocks=5, longest=128, ahead=True)

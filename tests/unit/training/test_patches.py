@@ -115,14 +115,17 @@ def test_batches_do_not_matter(granularity, tmp_path):
 
 
 def test_no_more_hidden_states_are_held_than_those_of_a_batch(tmp_path, monkeypatch):
+    def alive() -> list[Tensor]:
+        return [o for o in gc.get_objects() if type(o) is Tensor and o.dim() == 3 and o.shape[-1] == HIDDEN]
+
     def held(samples: int) -> int:
-        most = 0
+        gc.collect()  # other tests' tensors are not ours to count
+        before, most = {id(tensor): tensor for tensor in alive()}, 0
 
         def counted(*args: Any) -> Any:
             nonlocal most
             found = layerwise.sublayer(*args)
-            tensors = [o for o in gc.get_objects() if type(o) is Tensor and o.dim() == 3 and o.shape[-1] == HIDDEN]
-            most = max(most, sum(tensor.numel() for tensor in tensors))
+            most = max(most, sum(tensor.numel() for tensor in alive() if id(tensor) not in before))
             return found
 
         monkeypatch.setattr(patches, "sublayer", counted)
