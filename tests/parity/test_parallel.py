@@ -112,7 +112,6 @@ def bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("llama", "attn_token"),
         ("llama", "block_token"),
-        ("llama", "mlp_sequence"),
         ("olmoe", "expert_token"),
         ("olmoe", "attn_token"),
         ("olmoe", "block_sequence"),
@@ -136,7 +135,7 @@ def test_ranks_that_disagree_do_not_wait(base: Path, tmp_path: Path, model: str,
 
 
 @pytest.mark.usefixtures("bounded")
-@pytest.mark.parametrize("granularity", ["attn_sequence", "block_sequence"])
+@pytest.mark.parametrize("granularity", ["attn_sequence", "block_sequence", "mlp_sequence"])
 def test_ranks_that_disagree_about_pages_stop_the_engine(base: Path, tmp_path: Path, granularity: str) -> None:
     checkpoint = routed_checkpoint(base, tmp_path / "c", granularity, LAYERS)
     with engine(checkpoint, tensor_parallel_size=2) as llm:
