@@ -232,12 +232,12 @@ class PageManager(FullAttentionManager):
 
     def cache_blocks(self, request: Any, *_: Any, **__: Any) -> None:
         """vLLM calls it for every request that it schedules, if prefix caching is on."""
-        tracked = self._live[request.request_id]
-        if tracked.scheduled // self.block_size > tracked.offered:
-            self._offer(tracked)
+        self._offer(self._live[request.request_id])
 
     def _offer(self, tracked: Tracked) -> None:
         offered = tracked.offered
+        if tracked.scheduled // self.block_size <= offered:
+            return
         self.prefix.offer(tracked)
         if tracked.slot is not None and tracked.offered > offered:
             # vLLM reads from the blocks of a row how many tokens a request has left in the cache.

@@ -32,7 +32,7 @@ def decisions(sums: np.ndarray, count: int, cutoffs: np.ndarray) -> np.ndarray:
 class CachedBlock:
     """The pages of one token block, int32 `[G]`: 0 where its decisions skip a layer."""
 
-    __slots__ = ("key", "lead", "owners", "pages", "sums")
+    __slots__ = ("key", "lead", "owners", "pages", "sums", "window_end")
 
     def __init__(self, lead: KVCacheBlock, pages: np.ndarray, owners: np.ndarray, sums: np.ndarray | None) -> None:
         """sums: float64 `[R]`, of `w . x` up to the end of the block or window. None until heard, and behind that.
@@ -40,6 +40,7 @@ class CachedBlock:
         owners: int64 `[G]`, of the pages now; those that have another one later are lost.
         """
         self.lead, self.key, self.pages, self.owners, self.sums = lead, lead.block_hash, pages, owners, sums
+        self.window_end: bytes | None = None  #: hash of the block, if the window's last token is in it
 
     @property
     def is_there(self) -> bool:
@@ -56,7 +57,7 @@ class PrefixCache:
         self._all, self._lead = np.arange(columns), lead
         self._by_lead: dict[int, CachedBlock] = {}
         #: hash of the block with the window's last token -> the block
-        self._window_ends: dict[bytes, CachedBlock] = {}
+        self._window_ends: dict[bytes | None, CachedBlock] = {}
         #: hashes of blocks behind a window that are being computed by requests whose decisions are not known yet
         self._undecided: Counter[bytes] = Counter()
 
@@ -103,10 +104,7 @@ class PrefixCache:
         if tracked.window_end < self._window or last >= len(hashes):
             return False
         cached = found[last] if last < len(found) else self._window_ends.get(hashes[last])
-        if cached is None:
-            return False
-        if not cached.is_there:
-            del self._window_ends[hashes[last]]
+        if cached is None or not cached.is_there:
             return False
         if cached.sums is None:
             tracked.waits = True
@@ -139,10 +137,7 @@ class PrefixCache:
 
         In the window at once; what they score is filled in when it is heard. Behind it as soon as it is decided.
         """
-        size = self._size
-        if tracked.scheduled // size <= tracked.offered:
-            return
-        hashes = tracked.request.block_hashes
+        size, hashes = self._size, tracked.request.block_hashes
         # Behind a prompt that is shorter than the window, another request's prompt would run dense.
         last = len(hashes) if tracked.window_end == self._window else tracked.window_end // size
         end = min(tracked.scheduled // size, last, len(hashes))
@@ -166,13 +161,22 @@ class PrefixCache:
         for block in range(first, last):
             lead, row = tracked.leads[block], block - first
             cached = CachedBlock(lead, new[row], owners[row], tracked.sums.get(block))
+            self._forget(lead)
             self._by_lead[lead.block_id] = cached
             if block <= window_end:
                 if cached.sums is None:
                     tracked.awaited.setdefault(block, []).append(cached)
                 if block == window_end:
-                    self._window_ends[tracked.request.block_hashes[block]] = cached
+                    cached.window_end = tracked.request.block_hashes[block]
+                    self._window_ends[cached.window_end] = cached
         tracked.offered = last
+
+    def _forget(self, lead: KVCacheBlock) -> CachedBlock | None:
+        """What was known under a lead before it was handed out again; returns that, if anything."""
+        cached = self._by_lead.pop(lead.block_id, None)
+        if cached is not None and self._window_ends.get(cached.window_end) is cached:
+            del self._window_ends[cached.window_end]
+        return cached
 
     def heard(self, tracked: Tracked) -> None:
         """`tracked.sums` has more of what its blocks have scored, and perhaps it is decided."""
@@ -193,7 +197,7 @@ class PrefixCache:
         """Its blocks from `first` on will not be computed: it loses its pages before the step begins."""
         leads = tracked.leads[first : tracked.offered]
         for block, lead in enumerate(leads, first):
-            cached = self._by_lead.pop(lead.block_id)
+            cached = self._forget(lead)
             if block in tracked.awaited:
                 tracked.awaited[block].remove(cached)
         self._pool.evict_blocks({lead.block_id for lead in leads})

@@ -281,5 +281,7 @@ class Simulation:
         assert free == set(np.flatnonzero(held[1:] == 0) + 1) and len(free) == pool.get_num_free_blocks()
         for page in pool.blocks[1:]:
             assert page.ref_cnt == leads[page.block_id], page  # vLLM counts leads alone
+        known = set(map(id, self.manager.prefix._by_lead.values()))  # one per page at most
+        assert {id(cached) for cached in self.manager.prefix._window_ends.values()} <= known
         assert len(slots) == len(set(slots))
         assert len(self.running) == len(slots)
