@@ -10,15 +10,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vllm_mod.config import ModConfig
 
 LOGPROB_TOLERANCE = 1e-3
+TOKEN_BLOCK = 2 * 32 * 2 * 32 * 4 * 8  # bytes: K and V, tokens, heads, head size, float32, layers
 
 
 @dataclass
 class Answer:
     tokens: list[int]
     logprobs: list[float]
+
+    @classmethod
+    def of(cls, output: Any) -> Answer:
+        """A `RequestOutput` of one completion, whose log-probabilities were asked for."""
+        [found] = output.outputs
+        logprobs = [step[token].logprob for step, token in zip(found.logprobs, found.token_ids, strict=True)]
+        return cls(list(found.token_ids), logprobs)
 
 
 def random_prompts(lengths: Sequence[int], seed: int = 0, vocabulary: tuple[int, int] = (6, 260)) -> list[list[int]]:
@@ -61,12 +71,7 @@ def generate(
     options: dict[str, Any] = {"temperature": 0, "logprobs": 0, "ignore_eos": True, "extra_args": dial}
     params = [SamplingParams(max_tokens=n, **options) for n in lengths]
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-    answers = []
-    for output in outputs:
-        tokens = list(output.outputs[0].token_ids)
-        logprobs = [step[t].logprob for step, t in zip(output.outputs[0].logprobs, tokens, strict=True)]
-        answers.append(Answer(tokens, logprobs))
-    return answers
+    return [Answer.of(output) for output in outputs]
 
 
 def counter(llm: Any, name: str) -> float:
@@ -108,6 +113,32 @@ def assert_nothing_left(llm: Any) -> None:
 
 def free_pages(llm: Any) -> int:
     return scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks()
+
+
+def poison_free_pages(llm: Any) -> None:
+    """A page is NaN while nobody owns or may find it; zero when handed out: kernels multiply an unused tail by 0."""
+    layers = [layer.self_attn.attn for layer in runner_model(llm).model.layers]
+    caches = list({layer.kv_cache.data_ptr(): layer.kv_cache for layer in layers}.values())  # one, if pages are shared
+    for cache in caches:
+        cache.fill_(torch.nan)
+        cache[0] = 0  # the null page, which rows of skipped layers point to
+    pages = manager(llm).pages
+    give, take = pages.free.give, pages.free.take
+
+    def fill(numbers: Any, value: float) -> None:
+        for cache in caches:
+            cache[torch.from_numpy(numbers)] = value
+
+    def poison(numbers: Any, last: bool) -> None:
+        fill(numbers[~pages.cached[numbers]], torch.nan)
+        give(numbers, last)
+
+    def clean(number: int) -> Any:
+        numbers = take(number)
+        fill(numbers, 0)
+        return numbers
+
+    pages.free.give, pages.free.take = poison, clean
 
 
 def assert_equals_reference(

@@ -12,8 +12,18 @@ import pytest
 
 from tests.support.models import routed_checkpoint
 
-from .harness import assert_equals_reference, counter, engine, free_pages, generate, random_prompts, scheduler
-from .test_pages import LAYERS, TOKEN_BLOCK, _poison_free_pages
+from .harness import (
+    TOKEN_BLOCK,
+    assert_equals_reference,
+    counter,
+    engine,
+    free_pages,
+    generate,
+    poison_free_pages,
+    random_prompts,
+    scheduler,
+)
+from .test_pages import LAYERS
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "1", reason="needs Model Runner V2, which test_v2 starts"
@@ -38,7 +48,7 @@ def test_steps_in_flight(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     lengths = [rng.randrange(1, 30) for _ in prompts]
     with engine(checkpoint, kv_cache_memory_bytes=9 * TOKEN_BLOCK) as llm:
         assert type(scheduler(llm)).__name__ == "AsyncScheduler"
-        _poison_free_pages(llm)
+        poison_free_pages(llm)
         free = free_pages(llm)
         answers = generate(llm, prompts, lengths)
         assert counter(llm, "vllm:num_preemptions") > 0

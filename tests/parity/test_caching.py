@@ -8,9 +8,19 @@ import pytest
 
 from tests.support.models import routed_checkpoint, tiny_llama
 
-from .harness import Answer, assert_equals_reference, assert_same, counter, engine, free_pages, manager, random_prompts
+from .harness import (
+    TOKEN_BLOCK,
+    Answer,
+    assert_equals_reference,
+    assert_same,
+    counter,
+    engine,
+    free_pages,
+    manager,
+    poison_free_pages,
+    random_prompts,
+)
 from .test_lora import OPTIONS, _make_adapter
-from .test_pages import TOKEN_BLOCK, _poison_free_pages
 
 LAYERS = [0, 2, 3, 5, 7]
 BLOCK = 32
@@ -22,12 +32,7 @@ def ask(llm: Any, prompts: Sequence[list[int]], salt: str | None = None, adapter
 
     inputs = [{"prompt_token_ids": p} | ({"cache_salt": salt} if salt else {}) for p in prompts]
     params = SamplingParams(temperature=0, max_tokens=8, logprobs=0, ignore_eos=True)
-    answers = []
-    for output in llm.generate(inputs, params, lora_request=adapter, use_tqdm=False):
-        [found] = output.outputs
-        logprobs = [step[t].logprob for step, t in zip(found.logprobs, found.token_ids, strict=True)]
-        answers.append(Answer(list(found.token_ids), logprobs))
-    return answers
+    return [Answer.of(output) for output in llm.generate(inputs, params, lora_request=adapter, use_tqdm=False)]
 
 
 class Hits:
@@ -50,7 +55,7 @@ def test_salts_a_reset_and_events(base: Path, tmp_path: Path) -> None:
     whole = sum((len(p) - 1) // BLOCK * BLOCK for p in prompts)
     events = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
     with engine(checkpoint, kv_cache_memory_bytes=40 * TOKEN_BLOCK, kv_events_config=events) as llm:
-        _poison_free_pages(llm)
+        poison_free_pages(llm)
         published: list[Any] = []
         pool = manager(llm).block_pool
         take = pool.take_events

@@ -10,8 +10,7 @@ from vllm.exceptions import VLLMValidationError
 from tests.support.models import routed_checkpoint
 from vllm_mod.checkpoint import read_mod_config
 
-from .harness import Answer, assert_equals_reference, counter, engine, random_prompts
-from .test_pages import _poison_free_pages
+from .harness import Answer, assert_equals_reference, counter, engine, poison_free_pages, random_prompts
 
 LAYERS = [0, 2, 3, 5, 7]
 WINDOW = 40
@@ -37,11 +36,6 @@ def _generate(llm: Any, prompts: list[list[int]], dials: list[dict[str, Any] | N
     return llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
 
 
-def _answer(output: Any) -> Answer:
-    tokens = list(output.outputs[0].token_ids)
-    return Answer(tokens, [step[t].logprob for step, t in zip(output.outputs[0].logprobs, tokens, strict=True)])
-
-
 def test_each_request_its_own(checkpoint: Path) -> None:
     """Dense, all skipped, by the table and by the checkpoint, from the same prompts; the answer says what was kept."""
     dials: list[dict[str, Any] | None] = [
@@ -61,13 +55,13 @@ def test_each_request_its_own(checkpoint: Path) -> None:
         "{'mod_kept': 0.25}": config.with_cutoff(TABLE[0.25]),
     }
     with engine(checkpoint, max_num_batched_tokens=64) as llm:
-        _poison_free_pages(llm)
+        poison_free_pages(llm)
         for _ in range(2):
             outputs = _generate(llm, prompts, asked)
             for dial in map(str, dials):
                 mine = [i for i, a in enumerate(asked) if str(a) == dial]
                 decisions = assert_equals_reference(
-                    checkpoint, [prompts[i] for i in mine], [_answer(outputs[i]) for i in mine], configs[dial]
+                    checkpoint, [prompts[i] for i in mine], [Answer.of(outputs[i]) for i in mine], configs[dial]
                 )
                 for i, decision in zip(mine, decisions, strict=True):
                     said = outputs[i].kv_transfer_params["mod"]

@@ -76,11 +76,7 @@ def _generate(llm: Any, prompts: list[list[int]], adapter: Path) -> list[Answer]
         lora_request=[request if i % 2 else None for i in range(len(prompts))],
         use_tqdm=False,
     )
-    answers = []
-    for output in outputs:
-        tokens = list(output.outputs[0].token_ids)
-        answers.append(Answer(tokens, [s[t].logprob for s, t in zip(output.outputs[0].logprobs, tokens, strict=True)]))
-    return answers
+    return [Answer.of(output) for output in outputs]
 
 
 # Two slots for one adapter: vLLM 0.32's CPU kernels give rows without an adapter (index -1) the last slot's, stock

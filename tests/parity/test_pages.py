@@ -10,6 +10,7 @@ import torch
 from tests.support.models import routed_checkpoint, tiny_llama
 
 from .harness import (
+    TOKEN_BLOCK,
     assert_equals_reference,
     assert_nothing_left,
     assert_same,
@@ -18,44 +19,17 @@ from .harness import (
     free_pages,
     generate,
     manager,
+    poison_free_pages,
     random_prompts,
-    runner_model,
     scheduler,
 )
 
 LAYERS = [0, 2, 3, 5, 7]  # the first layer, too
-TOKEN_BLOCK = 2 * 32 * 2 * 32 * 4 * 8  # bytes: K and V, tokens, heads, head size, float32, layers
 
 
 @pytest.fixture(scope="module")
 def long_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("base") / "llama")
-
-
-def _poison_free_pages(llm: Any) -> None:
-    """A page is NaN while nobody owns or may find it; zero when handed out: kernels multiply an unused tail by 0."""
-    layers = [layer.self_attn.attn for layer in runner_model(llm).model.layers]
-    caches = list({layer.kv_cache.data_ptr(): layer.kv_cache for layer in layers}.values())  # one, if pages are shared
-    for cache in caches:
-        cache.fill_(torch.nan)
-        cache[0] = 0  # the null page, which rows of skipped layers point to
-    pages = manager(llm).pages
-    give, take = pages.free.give, pages.free.take
-
-    def fill(numbers: Any, value: float) -> None:
-        for cache in caches:
-            cache[torch.from_numpy(numbers)] = value
-
-    def poison(numbers: Any, last: bool) -> None:
-        fill(numbers[~pages.cached[numbers]], torch.nan)
-        give(numbers, last)
-
-    def clean(number: int) -> Any:
-        numbers = take(number)
-        fill(numbers, 0)
-        return numbers
-
-    pages.free.give, pages.free.take = poison, clean
 
 
 @pytest.mark.parametrize("granularity", ["attn_sequence", "block_sequence"])
@@ -67,7 +41,7 @@ def test_pages_are_reused_under_preemption(long_base: Path, tmp_path: Path, gran
     lengths = [rng.randrange(1, 60) for _ in prompts]
     pool = 24 * TOKEN_BLOCK
     with engine(checkpoint, kv_cache_memory_bytes=pool, max_model_len=512, max_num_seqs=32) as llm:
-        _poison_free_pages(llm)
+        poison_free_pages(llm)
         free = free_pages(llm)
         answers = generate(llm, prompts, lengths)
         assert counter(llm, "vllm:num_preemptions") > 0

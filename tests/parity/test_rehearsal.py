@@ -99,12 +99,8 @@ class Rehearsed:
             finished += self.step()
             if each_step is not None:
                 each_step()
-        answers = []
-        for output in sorted(finished, key=lambda output: int(output.request_id.split("-")[1])):
-            tokens = list(output.outputs[0].token_ids)
-            logprobs = [step[t].logprob for step, t in zip(output.outputs[0].logprobs, tokens, strict=True)]
-            answers.append(Answer(tokens, logprobs))
-        self.check(prompts, answers, prefilled_again=prefilled_again)
+        finished.sort(key=lambda output: int(output.request_id.split("-")[1]))
+        self.check(prompts, [Answer.of(output) for output in finished], prefilled_again=prefilled_again)
 
     def dummies(self) -> None:
         """A decode step, and one with prompts."""

@@ -39,9 +39,7 @@ def test_a_request_id_that_is_used_again(llm: Any, checkpoint: Path) -> None:
         outputs = []
         while llm.llm_engine.has_unfinished_requests():
             outputs = llm.llm_engine.step() or outputs
-        [answer] = outputs[-1].outputs
-        logprobs = [step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids, strict=True)]
-        answers.append(Answer(list(answer.token_ids), logprobs))
+        answers.append(Answer.of(outputs[-1]))
     decisions = assert_equals_reference(checkpoint, prompts, answers)
     assert len({tuple(bool(d[layer]) for layer in LAYERS) for d in decisions}) > 1, "they have to differ"
 

@@ -14,6 +14,7 @@ import pytest
 from tests.support.models import routed_checkpoint
 
 from .harness import (
+    TOKEN_BLOCK,
     assert_equals_reference,
     assert_nothing_left,
     counter,
@@ -21,10 +22,11 @@ from .harness import (
     free_pages,
     generate,
     manager,
+    poison_free_pages,
     random_prompts,
     scheduler,
 )
-from .test_pages import LAYERS, TOKEN_BLOCK, _poison_free_pages
+from .test_pages import LAYERS
 
 
 def _run(
@@ -41,7 +43,7 @@ def _run(
     tokens = random_prompts(prompts, seed=11)
     with engine(checkpoint, kv_cache_memory_bytes=blocks * TOKEN_BLOCK, max_model_len=longest, max_num_seqs=48) as llm:
         assert scheduler(llm).scheduler_config.async_scheduling == ahead
-        _poison_free_pages(llm)
+        poison_free_pages(llm)
         free = free_pages(llm)
         unheard = _decoding_before_a_decision_is_heard(llm)
         answers = generate(llm, tokens, outputs)

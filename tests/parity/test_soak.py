@@ -15,6 +15,7 @@ from tests.support.models import routed_checkpoint
 from vllm_mod.checkpoint import read_mod_config
 
 from .harness import (
+    TOKEN_BLOCK,
     assert_equals_reference,
     assert_nothing_left,
     counter,
@@ -22,9 +23,10 @@ from .harness import (
     free_pages,
     generate,
     manager,
+    poison_free_pages,
     random_prompts,
 )
-from .test_pages import LAYERS, TOKEN_BLOCK, _poison_free_pages
+from .test_pages import LAYERS
 
 OUTPUT = 40
 
@@ -101,7 +103,7 @@ def test_nothing_is_left_over(base: Path, tmp_path: Path, requests: int) -> None
     rng = random.Random(requests)
     prompts = random_prompts([rng.randrange(1, 120) for _ in range(24)], seed=5)
     with engine(checkpoint, kv_cache_memory_bytes=24 * TOKEN_BLOCK, max_num_seqs=24) as llm:
-        _poison_free_pages(llm)
+        poison_free_pages(llm)
         free = free_pages(llm)
         expected = [generate(llm, [prompt], OUTPUT)[0].tokens for prompt in prompts]
         traffic = Traffic(llm, prompts, expected, rng)
@@ -126,7 +128,7 @@ def test_shared_prefixes_and_dials(base: Path, tmp_path: Path, requests: int) ->
     with engine(
         checkpoint, kv_cache_memory_bytes=40 * TOKEN_BLOCK, max_num_seqs=24, max_num_batched_tokens=96
     ) as llm:  # fmt: skip
-        _poison_free_pages(llm)
+        poison_free_pages(llm)
         free = free_pages(llm)
         answers = [generate(llm, [prompt], OUTPUT, dial)[0] for prompt, dial in zip(prompts, dials, strict=True)]
         traffic = Traffic(llm, prompts, [answer.tokens for answer in answers], rng, dials)

@@ -42,11 +42,7 @@ def generate_with(llm: object, adapter: Path, prompts: list[list[int]], max_toke
         lora_request=LoRARequest("a", 1, str(adapter)),
         use_tqdm=False,
     )
-    parts = [output.outputs[0] for output in outputs]
-    return [
-        Answer(list(p.token_ids), [step[t].logprob for step, t in zip(p.logprobs, p.token_ids, strict=True)])
-        for p in parts
-    ]
+    return [Answer.of(output) for output in outputs]
 
 
 CASES = [("llama", granularity) for granularity in ("attn_sequence", "attn_token", "mlp_token")]

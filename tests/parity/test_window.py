@@ -10,6 +10,7 @@ import torch
 from tests.support.models import routed_checkpoint
 
 from .harness import (
+    TOKEN_BLOCK,
     assert_equals_reference,
     assert_nothing_left,
     assert_same,
@@ -17,10 +18,10 @@ from .harness import (
     engine,
     free_pages,
     generate,
+    poison_free_pages,
     random_prompts,
 )
 from .test_decode import static_decode
-from .test_pages import TOKEN_BLOCK, _poison_free_pages
 
 LAYERS = [0, 2, 3, 5, 7]
 GRANULARITIES = ["attn_sequence", "mlp_sequence", "block_sequence"]
@@ -49,7 +50,7 @@ def test_chunks_and_cached_prefixes(base: Path, tmp_path: Path, granularity: str
         settings = llm.llm_engine.vllm_config
         assert settings.scheduler_config.enable_chunked_prefill and settings.cache_config.enable_prefix_caching
         assert settings.scheduler_config.max_num_batched_tokens == 48
-        _poison_free_pages(llm)
+        poison_free_pages(llm)
         free = free_pages(llm)
         first = generate(llm, prompts)
         before = counter(llm, "vllm:prefix_cache_hits")
@@ -88,7 +89,7 @@ def test_preemption(base: Path, tmp_path: Path, granularity: str, window: int) -
     checkpoint = _checkpoint(base, tmp_path, granularity, window)
     prompts = random_prompts((30, 60, 25, 90, 31, 64, 10, 50, 40, 20), seed=1)
     with engine(checkpoint, kv_cache_memory_bytes=14 * TOKEN_BLOCK, max_num_seqs=8, max_num_batched_tokens=64) as llm:
-        _poison_free_pages(llm)
+        poison_free_pages(llm)
         free = free_pages(llm)
         answers = generate(llm, prompts, 80)
         assert counter(llm, "vllm:num_preemptions") > 0
