@@ -32,7 +32,7 @@ from router_tuning.states import newest_whole
 from vllm_mod.checkpoint import read_json
 from vllm_mod.config import ConfigError, default_layers
 
-from .common import RESULTS, command, machine, progress, run_command, write_json
+from .common import RESULTS, command, command_line, machine, progress, run_command, write_json
 
 GROUPS = ("main", "oracle", "layers", "depth", "samples", "data", "module")
 
@@ -124,9 +124,7 @@ def runs_to_do(args: argparse.Namespace, groups: dict[str, list[Run]], done: dic
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.ablations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("ablations", __doc__)
     add = parser.add_argument
     add("--model", type=Path, required=True, help="base model")
     add("--data", nargs="+", required=True, help="training sources; the last part of each is held out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -57,6 +58,13 @@ def run_command(main: Callable[[], None], name: str, interrupted: str) -> None:
         sys.exit(f"benchmarks.{name}: {interrupted}")
 
 
+def command_line(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """Of `python -m benchmarks.NAME`; doc: the module's, shown as it is written."""
+    return argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
 def llama_config(directory: Path, **overrides: Any) -> Path:
     """A directory with the `config.json` of a small Llama, for `load_format="dummy"`; no weights, no tokenizer."""
     return _write_config(directory, SMALL_LLAMA | overrides)
@@ -110,6 +118,15 @@ def isolated(function: Callable[..., T], *args: Any, **environment: str) -> T:
 
 def _stdout_to_stderr() -> None:
     os.dup2(2, 1)
+
+
+def metric_totals(llm: Any) -> dict[str, float]:
+    """Counters and gauges of an engine, by name; sums over their labels."""
+    totals: dict[str, float] = {}
+    for metric in llm.get_metrics():
+        if hasattr(metric, "value"):
+            totals[metric.name] = totals.get(metric.name, 0) + metric.value
+    return totals
 
 
 def routed_pairs(llm: Any) -> dict[str, dict[int, float]]:

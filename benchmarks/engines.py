@@ -11,13 +11,13 @@ import itertools
 import multiprocessing
 import os
 import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .common import routed_pairs
+from .common import metric_totals, progress, routed_pairs
 
 _state: dict[str, Any] = {}  # of an engine's own process
 
@@ -97,6 +97,15 @@ class Engine:
 
     def stop(self) -> None:
         self._pool.shutdown()
+
+
+def start_engines(
+    systems: Mapping[str, tuple[Path, dict[str, Any] | None]], flags: dict[str, Any]
+) -> dict[str, Engine]:
+    """One of each system, at the same time. systems: see `shapes.four_systems`."""
+    progress(f"starting {', '.join(systems)}")
+    with ThreadPoolExecutor() as pool:  # each waits for a process
+        return dict(zip(systems, pool.map(lambda system: Engine(*system, flags), systems.values()), strict=True))
 
 
 def engine_flags(args: Any, longest: int, batched_tokens: int, requests: int) -> dict[str, Any]:
@@ -186,7 +195,7 @@ def _counts() -> tuple[float, float]:
 
 
 def _metric(name: str) -> float:
-    return sum(m.value for m in _state["llm"].get_metrics() if m.name == name)
+    return metric_totals(_state["llm"]).get(name, 0.0)
 
 
 def _running() -> int:

@@ -27,7 +27,7 @@ from typing import Any
 
 from tests.support.models import routed_checkpoint, tiny_llama
 
-from .common import RESULTS, command, machine, progress, write_json
+from .common import RESULTS, command, command_line, machine, metric_totals, progress, write_json
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2,
          "head_dim": 64, "max_position_embeddings": 2048}  # fmt: skip
@@ -48,9 +48,7 @@ CASES: dict[str, tuple[str, dict[str, Any]] | None] = {
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("gpu_check", __doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help="default: all")
     parser.add_argument("--at-once", type=int, default=5, help="engines (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
@@ -84,10 +82,7 @@ def serve(checkpoint: str, dtype: str, v2: bool, eager: bool) -> dict[str, Any]:
     for _ in range(2):
         outputs = llm.generate([{"prompt_token_ids": p} for p in prompts()], params, use_tqdm=False)
         answers.append([_answer(output) for output in outputs])
-    metrics: dict[str, float] = {}
-    for metric in llm.get_metrics():
-        if hasattr(metric, "value"):
-            metrics[metric.name] = metrics.get(metric.name, 0) + metric.value
+    metrics = metric_totals(llm)
     wanted = ("vllm:mod_kept", "vllm:mod_routed", "vllm:mod_kv_pages_freed", "vllm:prefix_cache_hits")
     return {
         "start_s": round(started, 1),

@@ -31,11 +31,13 @@ import numpy as np
 from .common import (
     RESULTS,
     command,
+    command_line,
     copied_config,
     isolated,
     llama_config,
     machine,
     markdown_table,
+    metric_totals,
     progress,
     routed_config,
     write_json,
@@ -125,10 +127,7 @@ def measure(model: str, mod: dict[str, Any] | None, load: Load) -> dict[str, Any
     start, cpu = time.perf_counter(), time.process_time()
     outputs = llm.generate(prompts, params, use_tqdm=False)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
-    totals: dict[str, float] = {}
-    for metric in llm.get_metrics():
-        if hasattr(metric, "value"):
-            totals[metric.name] = totals.get(metric.name, 0) + metric.value
+    totals = metric_totals(llm)
     generated = sum(len(output.outputs[0].token_ids) for output in outputs)
     assert generated == load.requests * load.output
     routed = totals.get("vllm:mod_routed", 0)
@@ -245,11 +244,7 @@ def plot(points: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kv_capacity",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("kv_capacity", __doc__)
     add = parser.add_argument
     add(
         "--model", type=Path, help="directory whose config.json gives the model's shape (default: a Llama of 16 layers)"

@@ -23,7 +23,17 @@ from typing import Any
 
 from tests.support.server import Server, serve
 
-from .common import RESULTS, command, llama_config, machine, markdown_table, progress, routed_config, write_json
+from .common import (
+    RESULTS,
+    command,
+    command_line,
+    llama_config,
+    machine,
+    markdown_table,
+    progress,
+    routed_config,
+    write_json,
+)
 from .shapes import SHAPES, routed_layers, skipped_layers
 
 TOKENIZER = Path(__file__).parents[1] / "demo/model"
@@ -34,9 +44,7 @@ VOCABULARY = 4096
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.load", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("load", __doc__)
     parser.add_argument("--shape", choices=SHAPES, default="cpu-attention", help="default: %(default)s")
     parser.add_argument("--routed", type=int, default=8, help="routed layers, a multiple of 4 (default: %(default)s)")
     parser.add_argument("--kept", type=float, default=0.5, help="of the routed layers, under load (default: 0.5)")

@@ -20,17 +20,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .common import RESULTS, command, machine, write_json
+from .common import RESULTS, command, command_line, machine, write_json
 
 BLOCK = 32  # tokens
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.page_order",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("page_order", __doc__)
     for name, value in (("layers", 16), ("requests", 16), ("context", 2048), ("heads", 8), ("head-dim", 64)):
         parser.add_argument(f"--{name}", type=int, default=value, help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=15, help="default: %(default)s")

@@ -30,16 +30,14 @@ from typing import Any
 from vllm_mod.checkpoint import BaseShape, read_json, read_mod_config, write_checkpoint
 from vllm_mod.config import ConfigError, ModConfig
 
-from .common import RESULTS, command, isolated, machine, markdown_table, progress, run_command, write_json
+from .common import RESULTS, command, command_line, isolated, machine, markdown_table, progress, run_command, write_json
 from .tasks import TASKS, Load, check_tasks, reference_scores, vllm_scores
 
 ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("quality", __doc__)
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CKPT", help="what `router-tuning train` wrote")
     add("--model", type=Path, required=True, help="its base model, a directory")

@@ -24,13 +24,11 @@ from router_tuning.model import decoder_layers, load_base
 from router_tuning.tokenizer import load_tokenizer
 from vllm_mod.config import ConfigError, default_layers
 
-from .common import progress, run_command
+from .common import command_line, progress, run_command
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.redundant", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("redundant", __doc__)
     add = parser.add_argument
     add("--model", type=Path, required=True, help="base model, a directory")
     add("--data", nargs="+", required=True, help="as for `router-tuning train`")

@@ -18,17 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .common import RESULTS, command, machine, markdown_table, progress, write_json
-from .engines import Engine, Load, engine_flags, run_in_turn
+from .common import RESULTS, command, command_line, machine, markdown_table, progress, write_json
+from .engines import Engine, Load, engine_flags, run_in_turn, start_engines
 from .shapes import SHAPES, four_systems, positions, routed_layers
 
 LABELS = {"batch": "requests", "context": "tokens of context", "routed": "routed layers"}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("scaling", __doc__)
     parser.add_argument("--shape", choices=SHAPES, default="cpu-attention", help="default: %(default)s")
     parser.add_argument("--granularity", default="attn_sequence", help="default: %(default)s")
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 4, 16, 64], help="at --batch-context")
@@ -63,7 +61,7 @@ def engines(args: argparse.Namespace, directory: Path, routed: int) -> dict[str,
     flags = engine_flags(args, length, max(length, 2048), requests)
     layers = routed_layers(SHAPES[args.shape]["num_hidden_layers"], routed)
     systems = four_systems(directory, SHAPES[args.shape], args.granularity, layers, 0.5, mixed=False)
-    return {name: Engine(*systems[name], flags) for name in ("stock", "mod")}
+    return start_engines({name: systems[name] for name in ("stock", "mod")}, flags)
 
 
 def point(found: dict[str, Engine], value: int, load: Load) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .common import RESULTS, command, machine, markdown_table, progress, write_json
+from .common import RESULTS, command, command_line, machine, markdown_table, progress, write_json
 
 
 def kv_manager(args: argparse.Namespace, paged: bool) -> Any:
@@ -38,6 +38,7 @@ def kv_manager(args: argparse.Namespace, paged: bool) -> Any:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 
+    from vllm_mod.compat import manager_of
     from vllm_mod.kv.spec import PageSpec
 
     shape: dict[str, Any] = {"num_kv_heads": 8, "head_size": 128, "dtype": torch.bfloat16}
@@ -54,7 +55,7 @@ def kv_manager(args: argparse.Namespace, paged: bool) -> Any:
         enable_caching=True,
     )
     if paged:
-        manager.coordinator.single_type_managers[0].use_window(args.window)
+        manager_of(manager).use_window(args.window)
     return manager
 
 
@@ -90,9 +91,10 @@ def one_round(manager: Any, args: argparse.Namespace, keep: bool | None, seed: i
     """Seconds of each phase; the pool must be full again afterwards. keep: None for the stock manager."""
     import numpy as np
 
+    from vllm_mod.compat import manager_of
     from vllm_mod.kv.messages import Scored
 
-    pages = None if keep is None else manager.coordinator.single_type_managers[0]
+    pages = None if keep is None else manager_of(manager)
     free = manager.block_pool.get_num_free_blocks()
     requests = make_requests(args, seed)
     gc.collect()
@@ -152,11 +154,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.scheduler_cost",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("scheduler_cost", __doc__)
     add = parser.add_argument
     add("--layers", type=int, default=32, help="decoder layers")
     add("--requests", type=int, default=256, help="requests running at once")

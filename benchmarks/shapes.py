@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,14 @@ SYSTEMS = ("stock", "keep", "mod", "static")
 def positions(shape: str) -> int:
     """Tokens of the longest context."""
     return (SMALL_LLAMA | SHAPES[shape])["max_position_embeddings"]
+
+
+def settle_routed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """`args.routed`: half of the layers of `args.shape` by default. Ends the program if there are not so many."""
+    total = SHAPES[args.shape]["num_hidden_layers"]
+    args.routed = total // 2 if args.routed is None else args.routed
+    if not 0 < args.routed < total:
+        parser.error(f"--routed: 1 to {total - 1} of this shape's {total} layers")
 
 
 def routed_layers(total: int, routed: int) -> list[int]:

@@ -23,17 +23,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .common import RESULTS, command, machine, progress, write_json
-from .engines import Engine, Load, Times, engine_flags, run_in_turn
-from .shapes import SHAPES, four_systems, positions, routed_layers
+from .common import RESULTS, command, command_line, machine, progress, write_json
+from .engines import Load, Times, engine_flags, run_in_turn, start_engines
+from .shapes import SHAPES, four_systems, positions, routed_layers, settle_routed
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.shared_prompt",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("shared_prompt", __doc__)
     parser.add_argument("--shape", choices=SHAPES, default="cpu-attention", help="default: %(default)s")
     parser.add_argument("--granularity", default="attn_sequence", help="default: %(default)s")
     parser.add_argument("--requests", type=int, default=64, help="submitted at once (default: %(default)s)")
@@ -49,10 +45,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eager", action="store_true", help="no compilation (default: what vLLM does by default)")
     parser.add_argument("--output", type=Path, default=RESULTS / "shared_prompt.json", help="default: %(default)s")
     args = parser.parse_args(argv)
-    total = SHAPES[args.shape]["num_hidden_layers"]
-    args.routed = total // 2 if args.routed is None else args.routed
-    if not 0 < args.routed < total:
-        parser.error(f"--routed: 1 to {total - 1} of this shape's {total} layers")
+    settle_routed(parser, args)
     if (longest := args.system + args.own + args.output_len) > positions(args.shape):
         parser.error(f"--system: {longest} tokens in all, and {args.shape} has {positions(args.shape)} positions")
     args.caching = True
@@ -69,10 +62,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, list[Times]], dict[str,
         systems = four_systems(
             Path(directory), SHAPES[args.shape], args.granularity, routed, args.kept, False, args.window
         )  # fmt: skip
-        engines = {}
-        for name in times:
-            progress(f"starting {name}")
-            engines[name] = Engine(*systems[name], flags)
+        engines = start_engines({name: systems[name] for name in times}, flags)
         run_in_turn(engines, Load(1, prompt, 4, shared=args.system))  # caches the system prompt
         run_in_turn(engines, Load(args.requests, args.own, 2))
         for repeat in range(args.repeats):

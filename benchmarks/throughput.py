@@ -31,13 +31,12 @@ import json
 import statistics
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from .common import RESULTS, command, machine, markdown_table, progress, routed_config, write_json
-from .engines import Engine, Load, Times, engine_flags, run_in_turn
-from .shapes import SHAPES, SYSTEMS, four_systems, positions, routed_layers
+from .common import RESULTS, command, command_line, machine, markdown_table, progress, routed_config, write_json
+from .engines import Engine, Load, Times, engine_flags, run_in_turn, start_engines
+from .shapes import SHAPES, SYSTEMS, four_systems, positions, routed_layers, settle_routed
 
 RATIOS = {
     "overhead": ("keep", "stock"),
@@ -48,11 +47,7 @@ RATIOS = {
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.throughput",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("throughput", __doc__)
     parser.add_argument("--shape", choices=SHAPES, default="cpu-attention", help="default: %(default)s")
     parser.add_argument("--workload", choices=("decode", "prefill", "pool"), default="decode")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="default: all")
@@ -79,10 +74,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--alone", action="store_true", help="one engine at a time")
     parser.add_argument("--output", type=Path, default=RESULTS / "throughput.json", help="default: %(default)s")
     args = parser.parse_args(argv)
-    total = SHAPES[args.shape]["num_hidden_layers"]
-    args.routed = total // 2 if args.routed is None else args.routed
-    if not 0 < args.routed < total:
-        parser.error(f"--routed: 1 to {total - 1} of this shape's {total} layers")
+    settle_routed(parser, args)
     if bool(args.sweep) != bool(args.values):
         parser.error("--sweep and --values belong together")
     for prompt in args.values if args.sweep == "prompt" else [args.prompt]:
@@ -119,10 +111,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         )  # fmt: skip
         systems = {name: system for name, system in systems.items() if name in args.systems}
         for group in [[name] for name in systems] if args.alone else [list(systems)]:
-            progress(f"starting {', '.join(group)}")
-            with ThreadPoolExecutor() as pool:  # each in a process of its own
-                started = pool.map(lambda name: Engine(*systems[name], flags), group)
-                engines = dict(zip(group, started, strict=True))
+            engines = start_engines({name: systems[name] for name in group}, flags)
             if args.mixed and "mod" in engines:
                 progress("calibrating mod")
                 thresholds = engines["mod"].thresholds(load, args.kept)

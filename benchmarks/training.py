@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .common import RESULTS, command, llama_config, machine, markdown_table, progress, write_json
+from .common import RESULTS, command, command_line, llama_config, machine, markdown_table, progress, write_json
 from .shapes import SHAPES
 
 WAYS = ("trunk", "full")
@@ -37,11 +37,7 @@ SAMPLES = 5000
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.training",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("training", __doc__)
     parser.add_argument("--shape", choices=SHAPES, default="cpu-attention", help="default: %(default)s")
     parser.add_argument("--granularity", default="attn_sequence", help="default: %(default)s")
     parser.add_argument("--routed", type=int, default=None, help="the deepest N layers (default: half of them)")

@@ -98,7 +98,9 @@ def scheduler(llm: Any) -> Any:
 
 
 def manager(llm: Any) -> Any:
-    return scheduler(llm).kv_cache_manager.coordinator.single_type_managers[0]
+    from vllm_mod.compat import manager_of
+
+    return manager_of(scheduler(llm).kv_cache_manager)
 
 
 def assert_nothing_left(llm: Any) -> None:

@@ -21,6 +21,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_mod.compat import manager_of
 from vllm_mod.kv.messages import Scored, StepMessage
 from vllm_mod.kv.pages import PageManager
 from vllm_mod.kv.spec import PageSpec
@@ -79,7 +80,7 @@ class Simulation:
         """routed: page column of each routed layer, or -1. window: `W`, 0 for the whole prompt."""
         self.columns, self.routed, self.window, self.delay = columns, routed, window, delay
         self.kv = kv_cache_manager(columns, routed, pages, caching=window > 0)
-        manager = self.kv.coordinator.single_type_managers[0]
+        manager = manager_of(self.kv)
         assert isinstance(manager, PageManager)
         self.manager = manager
         manager.use_window(window)
