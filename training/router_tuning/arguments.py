@@ -49,7 +49,10 @@ class RouterArguments:
     )
     layers: list[str] | None = field(
         default=None,
-        metadata={"help": "routed layers, such as `5 6 7` or `5-10`; default: the deepest half but the last one"},
+        metadata={
+            "help": "routed layers, such as `5 6 7` or `5-10`; default: the half whose skipping, one at a time, costs "
+            "predictions least, measured on training data (experts: the deepest half but the last one)"
+        },
     )
     window: str = field(
         default="none",

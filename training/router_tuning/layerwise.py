@@ -117,6 +117,14 @@ def advance(model: Any, batch: Batch, states: Tensor | None, first: int, stop: i
 
 
 @torch.no_grad()
+def predictions(model: Any, batch: Batch, states: Tensor | None, first: int, places: Tensor) -> Tensor:
+    """Logits `[B, P, vocabulary]` at `places`, int `[P]`, from the states before layer `first` (see `advance`)."""
+    last = len(decoder_layers(model))
+    with _running(model, states, first, last), routing(model, batch["prompt_mask"].to(model.device)):
+        return _forward(model, batch, places.to(model.device)).logits
+
+
+@torch.no_grad()
 def sublayer(model: Any, batch: Batch, states: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
     """x and F(x) of a routed layer's sublayer, `[B, T, hidden]`, and which tokens may skip it, bool `[B, T]`.
 
@@ -160,5 +168,6 @@ def sublayer(model: Any, batch: Batch, states: Tensor, layer: int) -> tuple[Tens
     return inputs[0], torch.stack(outputs).double().sum(0) * state.residual_multiplier, may_skip
 
 
-def _forward(model: Any, batch: Batch) -> None:
-    model(**{name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}, logits_to_keep=1)
+def _forward(model: Any, batch: Batch, places: int | Tensor = 1) -> Any:
+    inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    return model(**inputs, logits_to_keep=places)

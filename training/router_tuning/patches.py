@@ -29,6 +29,8 @@ from .routing import LinearPatch, Routing, routing_of
 
 log = logging.getLogger(__name__)
 
+#: As many as `router-tuning patch` takes by default.
+PATCH_SAMPLES = 512
 #: Every tenth sample is held out to choose the ridge.
 HELD_OUT = 10
 _MORE = "give more --data or --max-samples, or a lower rank"

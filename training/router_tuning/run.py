@@ -18,7 +18,7 @@ from transformers import set_seed
 from vllm_mod.checkpoint import BaseShape, write_checkpoint
 from vllm_mod.config import ConfigError, ModConfig
 
-from . import card, dry_run, lora, preflight, states
+from . import card, dry_run, lora, preflight, selection, states
 from .arguments import (
     RouterArguments,
     RouterTrainingArguments,
@@ -34,7 +34,7 @@ from .interrupt import StopOnInterrupt, ignored
 from .loss import CapacityLoss
 from .model import attach_routers, freeze_base, load_base, routing_of
 from .patch_record import PATCHES_FILE, PatchRecord
-from .patches import check_rank, collate, fit_patches, with_patch
+from .patches import PATCH_SAMPLES, check_rank, collate, fit_patches, with_patch
 from .plot import PLOT_FILE, plot_training
 from .ridge import Fitted
 from .tokenizer import load_tokenizer
@@ -43,8 +43,6 @@ from .trainer import RouterTrainer, writable
 log = logging.getLogger(__name__)
 
 INTERRUPTED = 130
-#: Of the training samples, as many as `router-tuning patch` takes by default.
-PATCH_SAMPLES = 512
 _SMALLER = (
     "lower --per-device-train-batch-size (and raise --gradient-accumulation-steps by as much), or --max-length, or use "
     "--gradient-checkpointing"
@@ -76,6 +74,10 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
     if args.patch_rank is not None:
         check_rank(args.patch_rank, config, shape.hidden_size, "--patch-rank")
         _patch_batches(args, config, train_set, 1)
+    if args.layers is None and config.target != "expert":
+        args.layers = [str(i) for i in selection.choose(args, training_args, shape, base, train_set, state)]
+        config = _checked_config(args, shape)
+        adapter = lora.adapter_config(args, config, base, shape)
 
     training_args.output_dir = str(run_dir)
     if training_args.learning_rate is None:
