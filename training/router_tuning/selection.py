@@ -23,12 +23,14 @@ from .arguments import RouterArguments, parse_window
 from .data import IGNORED, Collator
 from .layerwise import Batch, predictions
 from .model import attach_routers, decoder_layers, load_base
-from .patches import PATCH_SAMPLES, collate, fit_patches
+from .patches import collate, fit_patches
 from .preflight import check_writable, settings_of_state
 from .routing import routing_of
 
 #: Samples that are measured on: the order of layers settles within a few thousand answer tokens.
 SAMPLES = 32
+#: Samples that patches are fitted on before that: good enough to tell layers apart.
+_PATCH_SAMPLES = 128
 _BATCH = 4
 
 
@@ -102,7 +104,7 @@ def choose(
 
 
 def _measured(args: RouterArguments, training_args: Any, shape: BaseShape, base: Path, train_set: Any) -> list[int]:
-    samples = list(train_set.select(range(min(len(train_set), PATCH_SAMPLES))))
+    samples = list(train_set.select(range(min(len(train_set), _PATCH_SAMPLES))))
     window, quiet = parse_window(args.window), bool(training_args.disable_tqdm)
     model = load_base(base, torch.bfloat16 if training_args.bf16 else torch.float32).to(training_args.device).eval()
     place = check_writable(Path(args.output), Path(args.output).absolute().parent)
