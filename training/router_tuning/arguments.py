@@ -198,6 +198,33 @@ class ExportArguments:
 
 
 @dataclass
+class FitArguments:
+    """Layers, routers, thresholds and patches without a gradient: what skipping costs each request is measured, layer
+    by layer; routers are fitted to predict it, and skip where it is least. It takes as many forward passes over
+    --measured-samples as half of the layers."""
+
+    model: str = field(metadata={"help": "base model: a directory, a hub name, or smollm2 (pip brings it)"})
+    data: list[str] = field(metadata={"help": "prompts with answers like those that will be served, as for train"})
+    output: str = field(metadata={"help": "the checkpoint to write; must not exist"})
+    granularity: str = field(
+        default="attn_sequence",
+        metadata={"help": "what is skipped, per what", "choices": [g for g in GRANULARITIES if "_sequence" in g]},
+    )
+    layers: list[str] | None = field(
+        default=None, metadata={"help": "routed layers, as for train; default: the half that costs least"}
+    )
+    window: str = field(default="32", metadata={"help": "tokens at the start of a prompt that decide, and always run"})
+    target_capacity: float = field(default=0.5, metadata={"help": "kept ratio to set, between 0 and 1"})
+    patch_rank: int = field(default=64, metadata={"help": "rank of what stands in for a skipped sublayer; 0: a bias"})
+    measured_samples: int = field(default=128, metadata={"help": "samples whose costs are measured, of --max-samples"})
+    max_samples: int = field(default=512, metadata={"help": "samples that patches are fitted on"})
+    max_length: int = field(default=512, metadata={"help": "tokens of a sample; longer ones are truncated"})
+    eval_fraction: float = field(
+        default=0.02, metadata={"help": "leave out the last part of every file, for evaluation; 0: all rows"}
+    )
+
+
+@dataclass
 class CalibrateArguments:
     """Thresholds that give a checkpoint the kept ratio asked for, and a table of further operating points."""
 

@@ -14,6 +14,7 @@ USAGE = """usage: router-tuning COMMAND [flags]
 
 commands:
   train     tune routers on instruction data, write a full checkpoint
+  fit       the same without a gradient: measure what skipping costs, fit routers and patches to it
   export    base model + routers (or a static granularity) -> full checkpoint
   calibrate set a checkpoint's thresholds for an exact kept ratio
   patch     fit what stands in for a checkpoint's skipped sublayers
@@ -28,6 +29,16 @@ def train(argv: Sequence[str]) -> int:
 
     args, training_args = parse([RouterArguments, RouterTrainingArguments], "router-tuning train", argv)
     return run_training(args, training_args, run_record(["train", *argv]))
+
+
+def fit(argv: Sequence[str]) -> int:
+    from .arguments import FitArguments
+    from .fit_command import fit as run_fit
+    from .parser import parse
+
+    (args,) = parse([FitArguments], "router-tuning fit", argv)
+    print(f"written: {run_fit(args, run_record(['fit', *argv]))}")
+    return 0
 
 
 def export(argv: Sequence[str]) -> int:
@@ -78,6 +89,7 @@ def _version(distribution: str) -> str:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
+    "fit": fit,
     "export": export,
     "calibrate": calibrate,
     "patch": patch,

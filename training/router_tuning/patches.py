@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -165,7 +164,7 @@ class _Chance(nn.Module):
 @contextlib.contextmanager
 def _chance(state: Routing, quiet: bool) -> Iterator[None]:
     """While it lasts, routers of zeros (which were never trained) keep what the config's target says, or half."""
-    untrained = {i: r for i, r in state.routers.items() if not r.weight.any() and math.isfinite(state.cutoff(i))}
+    untrained = {i: r for i, r in state.routers.items() if not r.weight.any() and state.cutoff(i) == 0.0}
     kept = 0.5 if state.config.target_capacity is None else state.config.target_capacity
     if untrained and not quiet:
         log.warning("routers of layers %s are zero: while patches are fitted, chance keeps %g", list(untrained), kept)

@@ -129,7 +129,7 @@ class Routing:
         score = self.routers[layer](x)
         if self.config.level == "token":
             return self.decide_on(layer, score)
-        deciding = self._deciding(score.shape, score.device)
+        deciding = self.deciding(score.shape, score.device)
         decision = self.decide_on(layer, segment_means(score[deciding], deciding.sum(1)))
         if self.config.window is not None:
             decision.window = deciding
@@ -171,12 +171,12 @@ class Routing:
     def may_skip(self, shape: torch.Size, device: torch.device) -> Tensor:
         """bool `[B, T]` of shape: the tokens that can do without a routed sublayer; not padding, nor the window's."""
         valid = self._valid(shape, device)
-        return valid if self.config.window is None else valid & ~self._deciding(shape, device)
+        return valid if self.config.window is None else valid & ~self.deciding(shape, device)
 
     def _valid(self, shape: torch.Size, device: torch.device) -> Tensor:
         return torch.ones(shape, dtype=torch.bool, device=device) if self.valid is None else self.valid
 
-    def _deciding(self, shape: torch.Size, device: torch.device) -> Tensor:
+    def deciding(self, shape: torch.Size, device: torch.device) -> Tensor:
         """bool `[B, T]` of shape: each row's prompt, or its first `window` tokens. Generated tokens never count."""
         length, valid = shape[1], self._valid(shape, device)
         prompt = valid

@@ -8,6 +8,7 @@ In nats, with the patch in the sublayer's place where there shall be one. All to
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,25 @@ _PATCH_SAMPLES = 128
 _BATCH = 4
 
 
-def costs(
+@dataclass(frozen=True)
+class Measured:
+    """What skipping costs, sample by sample and layer by layer, and what a router sees of a sample."""
+
+    layers: tuple[int, ...]
+    #: float64 `[N, layers]`: KL in nats, the mean over a sample's answer tokens
+    nats: Tensor
+    #: `[N]`: answer tokens of a sample
+    tokens: Tensor
+    #: float32 `[N, layers, hidden]`: the mean of a sublayer's normed input over the tokens that decide
+    inputs: Tensor
+
+    def costs(self) -> dict[int, float]:
+        """Layer -> nats per answer token, cheapest first."""
+        mean = (self.nats * self.tokens[:, None]).sum(0) / self.tokens.sum()
+        return dict(sorted(zip(self.layers, mean.tolist(), strict=True), key=lambda pair: pair[1]))
+
+
+def measure(
     model: Any,
     samples: Sequence[Mapping[str, Any]],
     shape: BaseShape,
@@ -42,30 +61,36 @@ def costs(
     window: int | None,
     rank: int | None,
     directory: Path,
+    number: int = SAMPLES,
     quiet: bool = False,
-) -> dict[int, float]:
-    """Layer -> nats per answer token, of every layer that `target` (attn, mlp or block) has, cheapest first.
+) -> Measured:
+    """Of every layer that `target` (attn, mlp or block) has, on the first `number` samples.
 
     model: the base model in evaluation mode; it is left with routers. samples: as `tokenize` gives them; patches (where
-    rank is not None) are fitted on all of them, the first `SAMPLES` are measured on. directory: for what patches need.
+    rank is not None) are fitted on all of them. directory: for what patches need. It costs about layers / 2 forwards.
     Raises ConfigError where no number comes out.
     """
     config = every_layer(shape, target, window)
     attach_routers(model, config)
     if rank is not None:  # on dense activations: no layer is skipped yet
         fit_patches(model, collate(samples, config, rank, 16, "--data"), rank, directory, quiet)
-    found = torch.zeros(len(config.layers), dtype=torch.float64)
-    tokens = 0
-    batches = _batches(samples[:SAMPLES])
-    total = len(batches) * (len(config.layers) + 1)
+    order = sorted(range(min(number, len(samples))), key=lambda i: len(samples[i]["input_ids"]))
+    layers = config.layers
+    found = Measured(
+        layers,
+        torch.zeros(len(order), len(layers), dtype=torch.float64),
+        torch.zeros(len(order), dtype=torch.float64),
+        torch.zeros(len(order), len(layers), shape.hidden_size),
+    )
+    batches = [order[first : first + _BATCH] for first in range(0, len(order), _BATCH)]
+    total = len(batches) * (len(layers) + 1)
     with tqdm(total=total, desc="layer costs", unit="forward", disable=True if quiet else None) as progress:
-        for batch in batches:
-            found += _costs_in(model, batch, progress)
-            tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
-    if not found.isfinite().all():
-        raise ConfigError("--layers: the base model's predictions are not finite on these samples")
-    mean = (found / max(tokens, 1)).tolist()
-    return dict(sorted(zip(config.layers, mean, strict=True), key=lambda pair: pair[1]))
+        for rows in batches:
+            batch = Collator(0)([dict(samples[i]) for i in rows])
+            found.nats[rows], found.tokens[rows], found.inputs[rows] = _measure_batch(model, batch, progress)
+    if not found.nats.isfinite().all():
+        raise ConfigError("the base model's predictions are not finite on these samples; layers cannot be compared")
+    return found
 
 
 def every_layer(shape: BaseShape, target: str, window: int | None) -> ModConfig:
@@ -108,47 +133,58 @@ def _measured(args: RouterArguments, training_args: Any, shape: BaseShape, base:
     window, quiet = parse_window(args.window), bool(training_args.disable_tqdm)
     model = load_base(base, torch.bfloat16 if training_args.bf16 else torch.float32).to(training_args.device).eval()
     place = check_writable(Path(args.output), Path(args.output).absolute().parent)
-    found = costs(model, samples, shape, args.granularity.split("_")[0], window, args.patch_rank, place, quiet)
+    target = args.granularity.split("_")[0]
+    found = measure(model, samples, shape, target, window, args.patch_rank, place, quiet=quiet).costs()
     chosen = cheapest(found, max(shape.num_layers // 2, 1))
     report(found, chosen, "routed")
     return chosen
 
 
-def _batches(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Tensor]]:
-    by_length = sorted(samples, key=lambda sample: len(sample["input_ids"]))
-    parts = [by_length[first : first + _BATCH] for first in range(0, len(by_length), _BATCH)]
-    return [Collator(0)([dict(sample) for sample in part]) for part in parts]
-
-
 @torch.no_grad()
-def _costs_in(model: Any, batch: Batch, progress: Any) -> Tensor:
-    """Float64 `[layers]`: nats, summed over a batch's answer tokens."""
+def _measure_batch(model: Any, batch: Batch, progress: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """nats, tokens and inputs of a batch's samples, see `Measured`."""
     answers = batch["labels"][:, 1:] != IGNORED
     places = answers.any(0).nonzero().flatten()  # a prediction is read where a row has one
     wanted = answers[:, places].to(model.device)
-    before: list[Tensor] = []
-
-    def enters(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        before.append(args[0] if args else kwargs["hidden_states"])
-
-    hooks = [layer.register_forward_pre_hook(enters, with_kwargs=True) for layer in decoder_layers(model)]
-    try:
-        dense = _log_probabilities(predictions(model, batch, None, 0, places), wanted)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    progress.update()
     state, layers = routing_of(model), routing_of(model).config.layers
-    found = torch.zeros(len(layers), dtype=torch.float64)
+    dense, before, inputs = _dense(model, batch, places)
+    dense = _log_probabilities(dense, wanted)
+    progress.update()
+    rows = wanted.nonzero()[:, 0]
+    found = torch.zeros(len(wanted), len(layers), dtype=torch.float64, device=model.device)
     try:
         for place, layer in enumerate(layers):
             state.cutoffs = tuple(float("inf") if other == layer else float("-inf") for other in layers)
             without = _log_probabilities(predictions(model, batch, before[layer], layer, places), wanted)
-            found[place] = nn.functional.kl_div(without, dense, reduction="sum", log_target=True).double().cpu()
+            nats = nn.functional.kl_div(without, dense, reduction="none", log_target=True).sum(-1).double()
+            found[:, place].index_add_(0, rows, nats)
             progress.update()
     finally:
         state.cutoffs = None
-    return found
+    tokens = wanted.sum(1).double().cpu()
+    return found.cpu() / tokens.clamp(min=1.0)[:, None], tokens, inputs
+
+
+def _dense(model: Any, batch: Batch, places: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The dense model's logits, the hidden states before each layer, and the means that routers score."""
+    state, before, means = routing_of(model), list[Tensor](), list[Tensor]()
+
+    def enters(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        before.append(args[0] if args else kwargs["hidden_states"])
+
+    def scores(_: nn.Module, args: tuple[Tensor]) -> None:
+        (x,) = args
+        weights = state.deciding(x.shape[:2], x.device).float()
+        means.append((torch.einsum("bt,bth->bh", weights, x.float()) / weights.sum(1)[:, None]).cpu())
+
+    hooks = [layer.register_forward_pre_hook(enters, with_kwargs=True) for layer in decoder_layers(model)]
+    hooks += [state.routers[layer].register_forward_pre_hook(scores) for layer in state.config.layers]
+    try:
+        logits = predictions(model, batch, None, 0, places)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits, before, torch.stack(means, 1)
 
 
 def _log_probabilities(logits: Tensor, wanted: Tensor) -> Tensor:

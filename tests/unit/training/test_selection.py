@@ -11,7 +11,7 @@ import torch
 from router_tuning.cli import main
 from router_tuning.data import IGNORED
 from router_tuning.model import attach_routers, load_base
-from router_tuning.selection import cheapest, costs
+from router_tuning.selection import cheapest, measure
 from tests.support.architectures import DENSE, EXPERTS
 from tests.support.models import tiny_model
 from tests.unit.training.test_patches import some_samples
@@ -42,9 +42,8 @@ def test_cost_is_what_dropping_does(tmp_path: Path, name: str, target: str) -> N
     """Each sublayer is really dropped, alone, in a static model, and the whole model is run on one sample at a time."""
     base = tiny_model(tmp_path / "base", name, num_hidden_layers=4, **SHAPES[name])
     samples = answered(7)
-    found = costs(
-        load_base(base, torch.float32).eval(), samples, shape_of(base), target, None, None, tmp_path, quiet=True
-    )
+    model = load_base(base, torch.float32).eval()
+    found = measure(model, samples, shape_of(base), target, None, None, tmp_path, quiet=True).costs()
     assert list(found.values()) == sorted(found.values())
 
     def predictions(layers: list[int]) -> torch.Tensor:
@@ -71,7 +70,8 @@ def test_a_window_and_a_patch_make_a_layer_cheaper(tmp_path: Path) -> None:
 
     def sums(window: int | None, rank: int | None) -> float:
         model = load_base(base, torch.float32).eval()
-        return sum(costs(model, samples, shape_of(base), "attn", window, rank, tmp_path, quiet=True).values())
+        measured = measure(model, samples, shape_of(base), "attn", window, rank, tmp_path, quiet=True)
+        return sum(measured.costs().values())
 
     assert sums(None, 16) < sums(None, None)
     assert 0 < sums(1_000, None) < sums(None, None)  # the whole prompt runs, answers skip

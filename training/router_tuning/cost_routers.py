@@ -1,0 +1,107 @@
+"""Routers in closed form: they predict what skipping a layer costs a request, and skip where that is least.
+
+    log c_rl ~ a_l + w_l . x_rl        c: nats per answer token if layer l skips (`selection`), x: what a router sees
+    keep where   w_l . x_rl >= cutoff_l = log(price) - a_l
+
+Ridge regression per layer, its strength chosen by the error on samples left out. Where nothing is learned w_l is zero,
+and what is left is the best static drop by measured costs: one price for all layers, so cheap ones are skipped first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .selection import Measured
+
+#: In units of the inputs' mean variance, per sample.
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+#: Costs below it count as it does: nats per token.
+_FLOOR = 1e-5
+
+
+@dataclass(frozen=True)
+class CostRouter:
+    """One layer's."""
+
+    #: float32 `[1, hidden]`; zero where costs could not be told apart
+    weight: Tensor
+    #: a_l: what the log of the cost is where the score is 0
+    offset: float
+    #: float64 `[N]`: log of the cost of each sample, predicted by a fit that had not seen it
+    predicted: Tensor
+    #: share of the variance of the log costs that is predicted so
+    explained: float
+
+
+def fit_router(inputs: Tensor, nats: Tensor, ridges: Sequence[float] = RIDGES) -> CostRouter:
+    """inputs: `[N, hidden]`, nats: `[N]`. At least 3 samples."""
+    x, y = inputs.double(), nats.double().clamp(min=_FLOOR).log()
+    mean_x, mean_y, number = x.mean(0), y.mean(), len(y)
+    centred, target = x - mean_x, y - mean_y
+    gram = centred @ centred.T
+    values, vectors = torch.linalg.eigh(gram)
+    unit = values.clamp(min=0).mean()
+    alone = target * number / (number - 1)  # the mean of the others is as good a guess as any
+    best, weight, left = float(alone.square().sum()), torch.zeros_like(mean_x), alone
+    for ridge in ridges if unit > 0 else ():
+        shrunk = values.clamp(min=0) / (values.clamp(min=0) + ridge * unit)
+        hat = (vectors * shrunk) @ vectors.T + 1.0 / number
+        residual = (target - (hat @ target)) / (1.0 - hat.diagonal()).clamp(min=1e-9)
+        if float(residual.square().sum()) < best:
+            inverse = (vectors / (values.clamp(min=0) + ridge * unit)) @ vectors.T
+            best, weight, left = float(residual.square().sum()), centred.T @ (inverse @ target), residual
+    predicted = y - left
+    # The mean of a log is not the log of the mean: shifted so that predicted costs add up to the measured ones.
+    shift = float(nats.double().mean().clamp(min=_FLOOR).log() - predicted.exp().mean().log())
+    weight = weight.float()
+    return CostRouter(
+        weight[None],
+        float(mean_y - weight.double() @ mean_x) + shift,
+        predicted + shift,
+        1.0 - best / max(float(alone.square().sum()), 1e-300),
+    )
+
+
+def price(routers: Sequence[CostRouter], kept: float) -> float:
+    """Log of the price at which the predicted costs keep this ratio of sample-layer pairs, or as near as ties allow."""
+    costs = torch.cat([router.predicted for router in routers]).sort().values
+    skipped = round((1.0 - kept) * len(costs))
+    if skipped == 0:
+        return float(costs[0]) - 1.0
+    if skipped == len(costs):
+        return float(costs[-1]) + 1.0
+    # Pairs that are equal go together: cut before or behind them, whichever is nearer.
+    value = costs[skipped]
+    first, behind = (int((costs < value).sum()), int((costs <= value).sum()))
+    cut = first if skipped - first <= behind - skipped else behind
+    if cut == 0:
+        return float(costs[0]) - 1.0
+    return float(costs[-1]) + 1.0 if cut == len(costs) else float(costs[cut - 1] + costs[cut]) / 2
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Nats per answer token of all that is skipped, layers taken by themselves, at the same kept ratio."""
+
+    routed: float
+    #: the cheapest layers for everyone
+    static: float
+    #: each request's own cheapest, known with hindsight
+    oracle: float
+
+
+def saving(measured: Measured, routers: Sequence[CostRouter], places: Sequence[int], log_price: float) -> Saving:
+    """By predictions of fits that had not seen the sample. places: the routed layers, as columns of `measured`."""
+    nats = measured.nats[:, list(places)]
+    predicted = torch.stack([router.predicted for router in routers], 1)
+    skip = predicted < log_price
+    number = int(skip.sum())
+    cheap = nats.mean(0).argsort()
+    static = nats[:, cheap].T.flatten()[:number]  # layer by layer, the last one for as many as are left
+    oracle = nats.flatten().sort().values[:number]
+    rows = len(nats)
+    return Saving(*(float(part.sum()) / rows for part in (nats[skip], static, oracle)))

@@ -1,0 +1,102 @@
+"""`router-tuning fit`: layers, routers, thresholds and patches in closed form, by forward passes alone."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from vllm_mod.checkpoint import write_checkpoint
+from vllm_mod.config import ConfigError, ModConfig
+
+from . import card
+from .arguments import FitArguments, check_output, parse_layers, parse_window
+from .cost_routers import fit_router, price, saving
+from .data import calibration_samples, check_sources
+from .export import base_shape
+from .hub import local_model
+from .interrupt import deferred
+from .loading import measuring_dtype, on_best_device
+from .model import attach_routers, load_base
+from .patch_record import PATCHES_FILE, PatchRecord
+from .patches import check_rank, collate, fit_patches
+from .preflight import check_vocabulary, check_writable
+from .selection import Measured, cheapest, every_layer, measure, report
+
+log = logging.getLogger(__name__)
+
+#: Fewer say nothing about how requests differ.
+_FEWEST = 16
+
+
+def fit(args: FitArguments, records: dict[str, str]) -> Path:
+    """Measure, fit, write `args.output`; raises ConfigError, with nothing written, on anything that cannot be."""
+    check_output(args.output)
+    target, window = _checked(args)
+    base = local_model(args.model)
+    shape = base_shape(base)
+    check_rank(args.patch_rank, every_layer(shape, target, window), shape.hidden_size, "--patch-rank")
+    check_sources(args.data)
+    samples, counts = calibration_samples(args, base)
+    check_vocabulary(base, samples)
+    if len(samples) < _FEWEST:
+        raise ConfigError(f"{', '.join(args.data)}: {len(samples)} usable samples; {_FEWEST} are needed")
+    place = check_writable(Path(args.output), Path(args.output).absolute().parent)
+    model = on_best_device(load_base(base, measuring_dtype()).eval())
+    measured = measure(model, samples, shape, target, window, args.patch_rank, place, args.measured_samples)
+    del model
+    named = None if args.layers is None else parse_layers(args.layers, shape.num_layers)
+    layers = named or cheapest(measured.costs(), max(shape.num_layers // 2, 1))
+    report(measured.costs(), layers, "routed")
+    config, routers = _routers(args, measured, layers, window)
+
+    model = on_best_device(load_base(base, measuring_dtype()).eval())
+    attach_routers(model, config, routers)
+    batches = collate(samples, config, args.patch_rank, 16, ", ".join(args.data))
+    fitted = fit_patches(model, batches, args.patch_rank, place)
+    command = next(iter(records["train_command.txt"].splitlines()))
+    record = PatchRecord.of(fitted, args.patch_rank, command, args.data, len(samples), counts.to_dict())
+    record.report()
+    config = ModConfig.parse(config.to_dict() | {"patch": {"rank": args.patch_rank}}, "mod_config")
+    patches = {layer: found.patch for layer, found in fitted.items()}
+    with deferred():
+        output = write_checkpoint(
+            base, args.output, config, routers, records | {PATCHES_FILE: record.to_text()}, patches=patches
+        )
+        card.write(output)
+    return output
+
+
+def _checked(args: FitArguments) -> tuple[str, int]:
+    """Target and window; raises ConfigError."""
+    window = parse_window(args.window)
+    if window is None:
+        raise ConfigError("--window: fit needs one; only the tokens of a window look the same whatever is skipped")
+    if not 0 < args.target_capacity < 1:
+        raise ConfigError(f"--target-capacity {args.target_capacity:g}: a number above 0 and below 1 is needed")
+    return args.granularity.removesuffix("_sequence"), window
+
+
+def _routers(
+    args: FitArguments, measured: Measured, layers: list[int], window: int
+) -> tuple[ModConfig, dict[int, torch.Tensor]]:
+    """The config with its cutoffs, and the routers; says what they are worth."""
+    places = [measured.layers.index(layer) for layer in layers]
+    found = [fit_router(measured.inputs[:, place], measured.nats[:, place]) for place in places]
+    log_price = price(found, args.target_capacity)
+    worth = saving(measured, found, places, log_price)
+    for layer, router in zip(layers, found, strict=True):
+        kept = float((router.predicted >= log_price).double().mean())
+        print(f"layer {layer:3}: kept by {kept:.2f} of the requests, explains {router.explained:.2f} of its costs")
+    print(
+        f"nats per token skipped, layers by themselves: {worth.routed:.4f} routed, {worth.static:.4f} the same layers "
+        f"for everyone, {worth.oracle:.4f} each request's best"
+    )
+    settings = {
+        "version": 2, "granularity": args.granularity, "layers": layers, "window": window,
+        "cutoff": [log_price - router.offset for router in found],
+        "target_capacity": args.target_capacity, "base_model": args.model.rstrip("/"),
+    }  # fmt: skip
+    weights = {layer: router.weight for layer, router in zip(layers, found, strict=True)}
+    return ModConfig.parse(settings, "mod_config"), weights
