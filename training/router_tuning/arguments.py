@@ -301,7 +301,7 @@ def parse_window(word: str) -> int | None:
     return int(word)
 
 
-def make_mod_config(args: RouterArguments | ExportArguments, shape: BaseShape, **more: Any) -> ModConfig:
+def make_mod_config(args: RouterArguments | ExportArguments | FitArguments, shape: BaseShape, **more: Any) -> ModConfig:
     """The flags as a config that fits the base model; raises ConfigError."""
     layers, window = parse_layers(args.layers, shape.num_layers), parse_window(args.window)
     settings = {"version": 1} if window is None else {"version": 2, "window": window}

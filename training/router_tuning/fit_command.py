@@ -11,7 +11,7 @@ from vllm_mod.checkpoint import write_checkpoint
 from vllm_mod.config import ConfigError, ModConfig
 
 from . import card
-from .arguments import FitArguments, check_output, parse_layers, parse_window
+from .arguments import FitArguments, check_output, make_mod_config, parse_window
 from .cost_routers import fit_router, price, saving
 from .data import calibration_samples, check_sources
 from .export import base_shape
@@ -36,6 +36,7 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
     target, window = _checked(args)
     base = local_model(args.model)
     shape = base_shape(base)
+    named = None if args.layers is None else list(make_mod_config(args, shape).layers)
     check_rank(args.patch_rank, every_layer(shape, target, window), shape.hidden_size, "--patch-rank")
     check_sources(args.data)
     samples, counts = calibration_samples(args, base)
@@ -46,7 +47,6 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
     model = on_best_device(load_base(base, measuring_dtype()).eval())
     measured = measure(model, samples, shape, target, window, args.patch_rank, place, args.measured_samples)
     del model
-    named = None if args.layers is None else parse_layers(args.layers, shape.num_layers)
     layers = named or cheapest(measured.costs(), max(shape.num_layers // 2, 1))
     report(measured.costs(), layers, "routed")
     config, routers = _routers(args, measured, layers, window)

@@ -1,0 +1,86 @@
+"""Routers in closed form, against what they are meant to be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from router_tuning.cost_routers import CostRouter, fit_router, price, saving
+from router_tuning.selection import Measured
+
+
+def planted(number: int, hidden: int = 12, noise: float = 0.1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    draws = torch.Generator().manual_seed(number)
+    inputs, weight = torch.randn(number, hidden, generator=draws) + 3, torch.randn(hidden, generator=draws)
+    log_cost = inputs @ weight / 4 - 4 + noise * torch.randn(number, generator=draws)
+    return inputs, log_cost.double().exp(), weight
+
+
+def test_a_planted_cost_is_found_and_its_level_too() -> None:
+    inputs, nats, weight = planted(200)
+    router = fit_router(inputs, nats)
+    assert torch.cosine_similarity(router.weight[0], weight, dim=0) > 0.98 and router.explained > 0.95
+    score = (inputs @ router.weight[0]).double() + router.offset
+    assert float(score.exp().sum()) == pytest.approx(float(nats.sum()), rel=0.05)
+    assert float(router.predicted.exp().mean()) == pytest.approx(float(nats.mean()), rel=1e-9)
+
+
+@pytest.mark.parametrize("ridge", [0.1, 3.0])
+def test_predictions_are_of_fits_that_had_not_seen_the_sample(ridge: float) -> None:
+    """Every sample is really left out, and the ridge regression solved again in the primal."""
+    inputs, nats, _ = planted(20)
+    y = nats.log()
+    found = fit_router(inputs, nats, [ridge])
+    centred = inputs.double() - inputs.double().mean(0)
+    unit = torch.linalg.eigvalsh(centred @ centred.T).clamp(min=0).mean()
+    shifts = []
+    for left in range(20):
+        rest = [i for i in range(20) if i != left]
+        x, mean, level = inputs[rest].double(), inputs[rest].double().mean(0), y[rest].mean()
+        x = x - mean
+        weight = torch.linalg.solve(x.T @ x + ridge * unit * torch.eye(12), x.T @ (y[rest] - level))
+        direct = level + (inputs[left].double() - mean) @ weight
+        shifts.append(float(found.predicted[left] - direct))
+    assert shifts == pytest.approx([shifts[0]] * 20, abs=1e-6)  # one shift of the level for all
+
+
+def test_what_cannot_be_learned_is_the_static_order() -> None:
+    """Costs that have nothing to do with the inputs: the router is zero, and its offset the layer's mean cost."""
+    draws = torch.Generator().manual_seed(0)
+    inputs = torch.randn(40, 30, generator=draws)
+    nats = (torch.randn(40, generator=draws) * 0.3 - 3).double().exp()
+    router = fit_router(inputs, nats)
+    assert not router.weight.any() and router.explained == 0
+    assert router.offset == pytest.approx(float(nats.mean().log()), abs=0.02)
+    same = fit_router(torch.ones(40, 30), nats)  # inputs that do not differ at all
+    assert not same.weight.any()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(-3, 3), min_size=6, max_size=6), min_size=1, max_size=4),
+    st.floats(0.01, 0.99),
+)
+def test_the_price_keeps_the_ratio_or_as_near_as_ties_allow(predicted: list[list[int]], kept: float) -> None:
+    routers = [CostRouter(torch.zeros(1, 2), 0.0, torch.tensor(row).double(), 0.0) for row in predicted]
+    costs = torch.cat([router.predicted for router in routers])
+    log_price = price(routers, kept)
+    got = int((costs < log_price).sum())
+    possible = {int((costs < value).sum()) for value in [*costs.tolist(), float(costs.max()) + 1]}
+    wanted = round((1 - kept) * len(costs))
+    assert abs(got - wanted) == min(abs(number - wanted) for number in possible)
+
+
+def test_savings_lie_between_the_oracle_and_the_static_drop() -> None:
+    draws = torch.Generator().manual_seed(1)
+    inputs = torch.randn(100, 2, 5, generator=draws)
+    nats = torch.stack([inputs[:, 0, 0], -inputs[:, 1, 1]], 1).double().exp()
+    measured = Measured((3, 7), nats, torch.ones(100).double(), inputs)
+    routers = [fit_router(inputs[:, place], nats[:, place]) for place in (0, 1)]
+    worth = saving(measured, routers, (0, 1), price(routers, 0.5))
+    assert worth.oracle <= worth.routed < 0.7 * worth.static
+    zero = [CostRouter(torch.zeros(1, 5), 0.0, nats[:, p].mean().log().expand(100), 0.0) for p in (0, 1)]
+    nothing = saving(measured, zero, (0, 1), price(zero, 0.5))
+    assert nothing.routed == pytest.approx(nothing.static)  # routers that know nothing are the static drop

@@ -1,0 +1,93 @@
+"""`router-tuning fit`: from a base model and rows to a checkpoint that decides as it says."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from router_tuning.cli import main
+from router_tuning.data import tokenize
+from router_tuning.model import load_reference, routing, routing_of
+from router_tuning.tokenizer import load_tokenizer
+from tests.support.models import tiny_model
+from vllm_mod.checkpoint import read_mod_config
+
+ROWS = [
+    {"prompt": f"{'count from' if i % 2 else 'say'} {i} and go on", "completion": f" {i + 1} {i * 7} done"}
+    for i in range(60)
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("fit") / "base", "llama", num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def words(base: Path, data: Path, output: Path, *more: str) -> list[str]:
+    given = ["fit", "--model", str(base), "--data", str(data), "--output", str(output)]
+    return [*given, "--patch-rank", "2", "--window", "4", "--eval-fraction", "0", *more]
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_sequence", "block_sequence"])
+def test_it_keeps_what_was_asked_for(
+    base: Path, data: Path, tmp_path: Path, granularity: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reference model decides on the rows that were measured: the target, and more than one pattern."""
+    arguments = words(base, data, tmp_path / "c", "--granularity", granularity, "--layers", "0-3")
+    assert main([*arguments, "--target-capacity", "0.6"]) == 0
+    assert "each request's best" in capsys.readouterr().out
+    config = read_mod_config(tmp_path / "c")
+    assert (config.granularity, config.window, config.layers) == (granularity, 4, (0, 1, 2, 3))
+    assert config.patch is not None and config.patch.rank == 2 and config.target_capacity == 0.6
+    model = load_reference(tmp_path / "c")
+    samples, _ = tokenize(ROWS, load_tokenizer(base), 512)
+    keeps = []
+    for sample in samples:
+        ids = torch.tensor([sample["input_ids"]])
+        prompt = torch.arange(ids.shape[1])[None] < sample["prompt_len"]
+        with torch.no_grad(), routing(model, prompt):
+            model(input_ids=ids)
+        keeps.append([bool(routing_of(model).decisions[layer].keep) for layer in range(4)])
+    assert torch.tensor(keeps).float().mean() == pytest.approx(0.6, abs=0.12)
+    assert "router-tuning fit" in (tmp_path / "c" / "train_command.txt").read_text()
+    assert (tmp_path / "c" / "README.md").is_file() and (tmp_path / "c" / "patches.json").is_file()
+
+
+def test_half_of_the_layers_by_default(base: Path, data: Path, tmp_path: Path) -> None:
+    assert main(words(base, data, tmp_path / "c")) == 0
+    assert len(read_mod_config(tmp_path / "c").layers) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--window", "none"], "--window"),
+        (["--window", "0"], "--window"),
+        (["--target-capacity", "1"], "--target-capacity"),
+        (["--patch-rank", "100000"], "--patch-rank"),
+        (["--layers", "9"], "layers"),
+        (["--max-samples", "3"], "usable samples"),
+        (["--granularity", "attn_token"], "--granularity"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_one_line_and_nothing_written(
+    base: Path, data: Path, tmp_path: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:  # flags are refused by the parser, which exits itself
+        sys.exit(main(words(base, data, tmp_path / "c", *more)))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not (tmp_path / "c").exists()
