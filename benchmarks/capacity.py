@@ -21,7 +21,7 @@ from typing import Any
 
 from vllm_mod.checkpoint import read_json
 
-from .common import RESULTS, command, isolated, machine, markdown_table, progress, write_json
+from .lib.common import RESULTS, command, isolated, machine, markdown_table, progress, write_json
 
 
 def arguments() -> argparse.Namespace:
@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--engine", action="store_true", help="compare with vLLM's counters")
     parser.add_argument("--resume", action="store_true", help="keep the runs that --output has already")
-    parser.add_argument("--output", type=Path, default=RESULTS / "capacity.json", help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=RESULTS / "capacity/result.json", help="default: %(default)s")
     return parser.parse_args()
 
 
@@ -113,7 +113,7 @@ def in_the_engine(args: argparse.Namespace, checkpoint: Path, file: Path) -> dic
     from router_tuning.data import read_sources, tokenize
     from router_tuning.tokenizer import load_tokenizer
 
-    from .heldout import engine_kept
+    from .lib.engine_kept import engine_kept
 
     rows = read_sources([str(file)])[str(file)]
     samples, _ = tokenize(rows, load_tokenizer(checkpoint), args.max_length)

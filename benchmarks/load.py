@@ -23,7 +23,7 @@ from typing import Any
 
 from tests.support.server import Server, serve
 
-from .common import (
+from .lib.common import (
     RESULTS,
     command,
     command_line,
@@ -34,7 +34,7 @@ from .common import (
     routed_config,
     write_json,
 )
-from .shapes import SHAPES, routed_layers, skipped_layers
+from .lib.shapes import SHAPES, routed_layers, skipped_layers
 
 TOKENIZER = Path(__file__).parents[1] / "demo/model"
 SYSTEMS = ("stock", "fixed", "load")
@@ -56,7 +56,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="default: all")
     parser.add_argument("--kv-cache-memory-bytes", type=int, default=512 << 20, help="default: 512 MiB")
     parser.add_argument("--max-num-seqs", type=int, default=32, help="default: %(default)s")
-    parser.add_argument("--output", type=Path, default=RESULTS / "load.json", help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=RESULTS / "load/result.json", help="default: %(default)s")
     args = parser.parse_args(argv)
     total = SHAPES[args.shape]["num_hidden_layers"]
     if not 0 < args.routed < total or args.routed % LEVELS:

@@ -30,8 +30,18 @@ from typing import Any
 from vllm_mod.checkpoint import BaseShape, read_json, read_mod_config, write_checkpoint
 from vllm_mod.config import ConfigError, ModConfig
 
-from .common import RESULTS, command, command_line, isolated, machine, markdown_table, progress, run_command, write_json
-from .tasks import TASKS, Load, check_tasks, reference_scores, vllm_scores
+from .lib.common import (
+    RESULTS,
+    command,
+    command_line,
+    isolated,
+    machine,
+    markdown_table,
+    progress,
+    run_command,
+    write_json,
+)
+from .lib.tasks import TASKS, Load, check_tasks, reference_scores, vllm_scores
 
 ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
 
@@ -58,7 +68,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtype", default="auto", help="of the engine; float32 to compare with the reference (default: %(default)s)")
     add("--model-args", type=json.loads, default={}, metavar="JSON", help="more of vLLM's engine arguments, such as "
         """'{"tensor_parallel_size": 2}'""")  # fmt: skip
-    add("--output", type=Path, default=RESULTS / "quality.json", help="default: %(default)s")
+    add("--output", type=Path, default=RESULTS / "quality/result.json", help="default: %(default)s")
     return parser.parse_args(argv)
 
 
@@ -100,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     progress(f"documents: {documents}")
     held_out = None
     if args.data:
-        from .curve import Perplexities
+        from .lib.curve import Perplexities
 
         held_out = Perplexities(args, config)
     finished = Finished(args.output.with_suffix(".partial.json"), command("quality"))
@@ -255,7 +265,7 @@ def _compared(reference: dict[str, Any], engine: dict[str, Any]) -> dict[str, An
 def write(record: dict[str, Any], args: argparse.Namespace) -> None:
     from router_tuning import card
 
-    from .quality_report import plot, table, text
+    from .lib.quality_report import plot, table, text
 
     progress(markdown_table(*table(record)))
     write_json(args.output, record)

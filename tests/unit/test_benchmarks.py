@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import engines, kv_capacity, page_order, scaling, scheduler_cost, shapes, throughput
-from benchmarks.common import isolated, llama_config, machine, markdown_table, routed_config
+from benchmarks import kv_capacity, page_order, scaling, scheduler_cost, throughput
+from benchmarks.lib import engines, shapes
+from benchmarks.lib.common import isolated, llama_config, machine, markdown_table, routed_config
 
 
 @pytest.mark.parametrize("num_layers", [4, 8, 16, 28, 32, 80])

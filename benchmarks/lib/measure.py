@@ -22,7 +22,7 @@ from router_tuning.tokenizer import load_tokenizer
 from vllm_mod.checkpoint import read_json, read_mod_config
 from vllm_mod.config import ConfigError, ModConfig
 
-from .heldout import answer_losses, perplexity, perplexity_ratio
+from .perplexity import answer_losses, perplexity, perplexity_ratio
 from .static_drop import Switches, losses_at, orders
 
 

@@ -1,4 +1,4 @@
-"""The table and the picture of `quality.json`."""
+"""The table and the picture of what `quality` wrote."""
 
 from __future__ import annotations
 
