@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_mod.checkpoint import read_json
+from vllm_mod.calibration import read_calibration
+from vllm_mod.checkpoint import read_json, read_mod_config
 
 from .lib.common import RESULTS, command, isolated, machine, markdown_table, progress, write_json
 
@@ -101,7 +102,8 @@ def one_run(args: argparse.Namespace, target: float, seed: int, directory: Path,
         "calibrate", checkpoint, "--data", calibration, "--target-capacity", target, "--operating-points", target,
         "--max-length", args.max_length, "--max-samples", args.held_out, "--batch-size", 32,
     )  # fmt: skip
-    record = json.loads((checkpoint / "calibration.json").read_text(encoding="utf-8"))
+    found = read_calibration(checkpoint, read_mod_config(checkpoint))
+    record = found.to_dict() if found else {}
     kept = ("kept", "samples", "threshold", "cutoff", "kept_per_layer")
     run["calibrated"] = {key: record[key] for key in kept if key in record}
     run["after_calibration"] = kept_ratio(checkpoint, measured, args.max_length)

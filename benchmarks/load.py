@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.server import Server, serve
+from vllm_mod.calibration import Calibration, write_calibration
 
 from .lib.common import (
     RESULTS,
@@ -76,7 +77,7 @@ def checkpoints(directory: Path, args: argparse.Namespace) -> dict[str, tuple[Pa
     load = routed_config(directory / "load", base, "attn_sequence", layers, [0.0] * len(layers), args.window)
     ratios = [1 - level / LEVELS * (1 - args.kept) for level in range(1, LEVELS + 1)]
     points = [{"target": kept, "kept": kept, "threshold": _thresholds(layers, kept)} for kept in ratios]
-    (load / "calibration.json").write_text(json.dumps({"operating_points": points}))
+    write_calibration(load, Calibration.parse({"operating_points": points}, "operating points"))
     policy = {"mod": {"under_load": {"kept": args.kept, "levels": LEVELS, "waiting": [0, 8]}}}
     return {"stock": (base, []), "fixed": (fixed, []), "load": (load, ["--additional-config", json.dumps(policy)])}
 

@@ -29,6 +29,7 @@ from typing import Any
 
 from vllm_mod.checkpoint import BaseShape, read_json, read_mod_config, write_checkpoint
 from vllm_mod.config import ConfigError, ModConfig
+from vllm_mod.evaluation import write_evaluation
 
 from .lib.common import (
     RESULTS,
@@ -265,17 +266,14 @@ def _compared(reference: dict[str, Any], engine: dict[str, Any]) -> dict[str, An
 def write(record: dict[str, Any], args: argparse.Namespace) -> None:
     from router_tuning import card
 
-    from .lib.quality_report import plot, table, text
+    from .lib.quality_report import evaluation, plot, table, text
 
     progress(markdown_table(*table(record)))
     write_json(args.output, record)
     args.output.with_suffix(".md").write_text(text(record, args.output.stem), encoding="utf-8")
     if record.get("curve"):
         plot(record, args.output.with_suffix(".png"))
-    evaluation = {k: record[k] for k in ("command", "machine", "tasks", "recovery", "static_recovery", "kept_ratio")}
-    evaluation["perplexity"] = {k: v["perplexity"] for k, v in record.get("perplexity", {}).items()}
-    evaluation["curve"] = record.get("curve", [])
-    (args.checkpoint / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n", encoding="utf-8")
+    write_evaluation(args.checkpoint, evaluation(record))
     card.write(args.checkpoint)
 
 

@@ -19,6 +19,7 @@ from vllm_mod.config import ConfigError, ModConfig
 
 from . import states
 from .arguments import RouterArguments, RouterTrainingArguments
+from .records import read_state
 
 #: Settings whose change would have no effect on a resumed run, as they come from its state, or would mix up its data.
 _KEPT = (
@@ -141,9 +142,7 @@ def settings_of(
 
 def check_same(state: Path, settings: Mapping[str, Any], processes: int) -> None:
     """Raise ConfigError where a run would go on with other settings than it began with."""
-    from .trainer import STATE_FILE
-
-    before = json.loads((state / STATE_FILE).read_text(encoding="utf-8"))["settings"]
+    before = read_state(state).settings
     found = states.differences(before, settings)
     if (were := states.processes_of(state)) != processes:
         found.append(f"it had {were} processes, this run has {processes}")
