@@ -23,6 +23,7 @@ from vllm_mod.trainer_log import Data, Table, TrainerLog, read_log
 
 from . import patch_record
 from .counts import summary
+from .plot import PLOT_FILE
 from .records import Arguments, read_arguments
 
 CARD_FILE = "README.md"
@@ -85,7 +86,7 @@ def render(directory: Path) -> str:
         patch_record.section(directory, config),
         _evaluation(evaluation),
         _training(config, args, log, command),
-        "![kept ratio and lambda in training](training.png)" if (directory / "router_tuning.png").is_file() else "",
+        f"![kept ratio and lambda in training]({PLOT_FILE})" if (directory / PLOT_FILE).is_file() else "",
         _licence_section(licence),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"

@@ -29,12 +29,13 @@ from .loading import base_of, checkpoint_config, load_routed
 from .lora import ADAPTER_DIR
 from .patch_record import PatchRecord
 from .patches import check_rank, collate, fit_patches, with_patch
+from .plot import PLOT_FILE
 from .preflight import check_vocabulary, check_writable
 from .records import ARGUMENTS_FILE
 
 log = logging.getLogger(__name__)
 
-_RECORDS = ("train_command.txt", ARGUMENTS_FILE, LOG_FILE, "training.png", CALIBRATION_FILE)
+_RECORDS = ("train_command.txt", ARGUMENTS_FILE, LOG_FILE, PLOT_FILE, CALIBRATION_FILE)
 
 
 def patch(args: PatchArguments, command: str) -> tuple[PatchRecord, Path]:

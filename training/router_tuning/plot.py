@@ -10,7 +10,7 @@ from vllm_mod.trainer_log import Step
 
 log = logging.getLogger(__name__)
 
-PLOT_FILE = "router_tuning.png"
+PLOT_FILE = "training.png"
 #: Steps that a smooth line is the mean of, as a share of the run.
 _SMOOTH = 0.1
 
