@@ -32,7 +32,7 @@ from router_tuning.states import newest_whole
 from vllm_mod.checkpoint import read_json
 from vllm_mod.config import ConfigError, default_layers
 
-from .common import RESULTS, command, command_line, machine, progress, run_command, write_json
+from .lib.common import RESULTS, command, command_line, machine, progress, run_command, write_json
 
 GROUPS = ("main", "oracle", "layers", "depth", "samples", "data", "module")
 
@@ -140,7 +140,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--calibration", type=int, default=32, help="training samples that static drops are chosen on")
     add("--oracle-samples", type=int, default=100, help="held-out samples of group `oracle` (default: %(default)s)")
     add("--work", type=Path, default=Path("ckpt/ablations"), help="checkpoints and logs (default: %(default)s)")
-    add("--output", type=Path, default=RESULTS / "ablations.json", help="default: %(default)s; .md and .png beside it")
+    output = RESULTS / "ablations/result.json"
+    add("--output", type=Path, default=output, help="default: %(default)s; .md and .png beside it")
     args = parser.parse_args(argv)
     if not args.model.is_dir():
         parser.error(f"--model {args.model}: no such directory")
@@ -152,8 +153,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
-    from .ablation_report import report
-    from .measure import Bench
+    from .lib.ablation_report import report
+    from .lib.measure import Bench
 
     groups = plan(args, read_json(args.model / "config.json")["num_hidden_layers"])
     record = json.loads(args.output.read_text()) if args.output.is_file() else {"runs": {}}

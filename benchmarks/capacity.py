@@ -19,9 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_mod.checkpoint import read_json
+from vllm_mod.calibration import read_calibration
+from vllm_mod.checkpoint import read_json, read_mod_config
 
-from .common import RESULTS, command, isolated, machine, markdown_table, progress, write_json
+from .lib.common import RESULTS, command, isolated, machine, markdown_table, progress, write_json
 
 
 def arguments() -> argparse.Namespace:
@@ -40,7 +41,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--engine", action="store_true", help="compare with vLLM's counters")
     parser.add_argument("--resume", action="store_true", help="keep the runs that --output has already")
-    parser.add_argument("--output", type=Path, default=RESULTS / "capacity.json", help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=RESULTS / "capacity/result.json", help="default: %(default)s")
     return parser.parse_args()
 
 
@@ -101,7 +102,8 @@ def one_run(args: argparse.Namespace, target: float, seed: int, directory: Path,
         "calibrate", checkpoint, "--data", calibration, "--target-capacity", target, "--operating-points", target,
         "--max-length", args.max_length, "--max-samples", args.held_out, "--batch-size", 32,
     )  # fmt: skip
-    record = json.loads((checkpoint / "calibration.json").read_text(encoding="utf-8"))
+    found = read_calibration(checkpoint, read_mod_config(checkpoint))
+    record = found.to_dict() if found else {}
     kept = ("kept", "samples", "threshold", "cutoff", "kept_per_layer")
     run["calibrated"] = {key: record[key] for key in kept if key in record}
     run["after_calibration"] = kept_ratio(checkpoint, measured, args.max_length)
@@ -113,7 +115,7 @@ def in_the_engine(args: argparse.Namespace, checkpoint: Path, file: Path) -> dic
     from router_tuning.data import read_sources, tokenize
     from router_tuning.tokenizer import load_tokenizer
 
-    from .heldout import engine_kept
+    from .lib.engine_kept import engine_kept
 
     rows = read_sources([str(file)])[str(file)]
     samples, _ = tokenize(rows, load_tokenizer(checkpoint), args.max_length)

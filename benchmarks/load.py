@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.server import Server, serve
+from vllm_mod.calibration import Calibration, write_calibration
 
-from .common import (
+from .lib.common import (
     RESULTS,
     command,
     command_line,
@@ -34,7 +35,7 @@ from .common import (
     routed_config,
     write_json,
 )
-from .shapes import SHAPES, routed_layers, skipped_layers
+from .lib.shapes import SHAPES, routed_layers, skipped_layers
 
 TOKENIZER = Path(__file__).parents[1] / "demo/model"
 SYSTEMS = ("stock", "fixed", "load")
@@ -56,7 +57,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="default: all")
     parser.add_argument("--kv-cache-memory-bytes", type=int, default=512 << 20, help="default: 512 MiB")
     parser.add_argument("--max-num-seqs", type=int, default=32, help="default: %(default)s")
-    parser.add_argument("--output", type=Path, default=RESULTS / "load.json", help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=RESULTS / "load/result.json", help="default: %(default)s")
     args = parser.parse_args(argv)
     total = SHAPES[args.shape]["num_hidden_layers"]
     if not 0 < args.routed < total or args.routed % LEVELS:
@@ -76,7 +77,7 @@ def checkpoints(directory: Path, args: argparse.Namespace) -> dict[str, tuple[Pa
     load = routed_config(directory / "load", base, "attn_sequence", layers, [0.0] * len(layers), args.window)
     ratios = [1 - level / LEVELS * (1 - args.kept) for level in range(1, LEVELS + 1)]
     points = [{"target": kept, "kept": kept, "threshold": _thresholds(layers, kept)} for kept in ratios]
-    (load / "calibration.json").write_text(json.dumps({"operating_points": points}))
+    write_calibration(load, Calibration.parse({"operating_points": points}, "operating points"))
     policy = {"mod": {"under_load": {"kept": args.kept, "levels": LEVELS, "waiting": [0, 8]}}}
     return {"stock": (base, []), "fixed": (fixed, []), "load": (load, ["--additional-config", json.dumps(policy)])}
 

@@ -29,9 +29,20 @@ from typing import Any
 
 from vllm_mod.checkpoint import BaseShape, read_json, read_mod_config, write_checkpoint
 from vllm_mod.config import ConfigError, ModConfig
+from vllm_mod.evaluation import write_evaluation
 
-from .common import RESULTS, command, command_line, isolated, machine, markdown_table, progress, run_command, write_json
-from .tasks import TASKS, Load, check_tasks, reference_scores, vllm_scores
+from .lib.common import (
+    RESULTS,
+    command,
+    command_line,
+    isolated,
+    machine,
+    markdown_table,
+    progress,
+    run_command,
+    write_json,
+)
+from .lib.tasks import TASKS, Load, check_tasks, reference_scores, vllm_scores
 
 ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
 
@@ -58,7 +69,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtype", default="auto", help="of the engine; float32 to compare with the reference (default: %(default)s)")
     add("--model-args", type=json.loads, default={}, metavar="JSON", help="more of vLLM's engine arguments, such as "
         """'{"tensor_parallel_size": 2}'""")  # fmt: skip
-    add("--output", type=Path, default=RESULTS / "quality.json", help="default: %(default)s")
+    add("--output", type=Path, default=RESULTS / "quality/result.json", help="default: %(default)s")
     return parser.parse_args(argv)
 
 
@@ -100,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     progress(f"documents: {documents}")
     held_out = None
     if args.data:
-        from .curve import Perplexities
+        from .lib.curve import Perplexities
 
         held_out = Perplexities(args, config)
     finished = Finished(args.output.with_suffix(".partial.json"), command("quality"))
@@ -255,17 +266,14 @@ def _compared(reference: dict[str, Any], engine: dict[str, Any]) -> dict[str, An
 def write(record: dict[str, Any], args: argparse.Namespace) -> None:
     from router_tuning import card
 
-    from .quality_report import plot, table, text
+    from .lib.quality_report import evaluation, plot, table, text
 
     progress(markdown_table(*table(record)))
     write_json(args.output, record)
     args.output.with_suffix(".md").write_text(text(record, args.output.stem), encoding="utf-8")
     if record.get("curve"):
         plot(record, args.output.with_suffix(".png"))
-    evaluation = {k: record[k] for k in ("command", "machine", "tasks", "recovery", "static_recovery", "kept_ratio")}
-    evaluation["perplexity"] = {k: v["perplexity"] for k, v in record.get("perplexity", {}).items()}
-    evaluation["curve"] = record.get("curve", [])
-    (args.checkpoint / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n", encoding="utf-8")
+    write_evaluation(args.checkpoint, evaluation(record))
     card.write(args.checkpoint)
 
 

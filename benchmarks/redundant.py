@@ -24,7 +24,7 @@ from router_tuning.model import decoder_layers, load_base
 from router_tuning.tokenizer import load_tokenizer
 from vllm_mod.config import ConfigError, default_layers
 
-from .common import command_line, progress, run_command
+from .lib.common import command_line, progress, run_command
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

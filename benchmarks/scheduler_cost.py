@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .common import RESULTS, command, command_line, machine, markdown_table, progress, write_json
+from .lib.common import RESULTS, command, command_line, machine, markdown_table, progress, write_json
 
 
 def kv_manager(args: argparse.Namespace, paged: bool) -> Any:
@@ -163,7 +163,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--block-size", type=int, default=16, help="tokens per KV block")
     add("--window", type=int, default=64, help="tokens that decide")
     add("--repeats", type=int, default=7, help="rounds per manager, taking turns, after one of warm-up")
-    add("--output", type=Path, default=RESULTS / "scheduler_cost.json", help="result file")
+    add("--output", type=Path, default=RESULTS / "scheduler_cost/result.json", help="result file")
     args = parser.parse_args(argv)
     if args.steps % args.block_size:
         parser.error("--steps: a multiple of --block-size is needed, so that whole rows are counted")

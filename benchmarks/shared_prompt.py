@@ -23,9 +23,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .common import RESULTS, command, command_line, machine, progress, write_json
-from .engines import Load, Times, engine_flags, run_in_turn, start_engines
-from .shapes import SHAPES, four_systems, positions, routed_layers, settle_routed
+from .lib.common import RESULTS, command, command_line, machine, progress, write_json
+from .lib.engines import Load, Times, engine_flags, run_in_turn, start_engines
+from .lib.shapes import SHAPES, four_systems, positions, routed_layers, settle_routed
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,7 +43,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--block-size", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--eager", action="store_true", help="no compilation (default: what vLLM does by default)")
-    parser.add_argument("--output", type=Path, default=RESULTS / "shared_prompt.json", help="default: %(default)s")
+    output = RESULTS / "shared_prompt/result.json"
+    parser.add_argument("--output", type=Path, default=output, help="default: %(default)s")
     args = parser.parse_args(argv)
     settle_routed(parser, args)
     if (longest := args.system + args.own + args.output_len) > positions(args.shape):

@@ -34,9 +34,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .common import RESULTS, command, command_line, machine, markdown_table, progress, routed_config, write_json
-from .engines import Engine, Load, Times, engine_flags, run_in_turn, start_engines
-from .shapes import SHAPES, SYSTEMS, four_systems, positions, routed_layers, settle_routed
+from .lib.common import RESULTS, command, command_line, machine, markdown_table, progress, routed_config, write_json
+from .lib.engines import Engine, Load, Times, engine_flags, run_in_turn, start_engines
+from .lib.shapes import SHAPES, SYSTEMS, four_systems, positions, routed_layers, settle_routed
 
 RATIOS = {
     "overhead": ("keep", "stock"),
@@ -72,7 +72,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--eager", action="store_true", help="no compilation (default: what vLLM does by default)")
     parser.add_argument("--alone", action="store_true", help="one engine at a time")
-    parser.add_argument("--output", type=Path, default=RESULTS / "throughput.json", help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=RESULTS / "throughput/result.json", help="default: %(default)s")
     args = parser.parse_args(argv)
     settle_routed(parser, args)
     if bool(args.sweep) != bool(args.values):

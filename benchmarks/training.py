@@ -29,8 +29,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .common import RESULTS, command, command_line, llama_config, machine, markdown_table, progress, write_json
-from .shapes import SHAPES
+from .lib.common import RESULTS, command, command_line, llama_config, machine, markdown_table, progress, write_json
+from .lib.shapes import SHAPES
 
 WAYS = ("trunk", "full")
 SAMPLES = 5000
@@ -46,7 +46,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="steps per repeat (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in the backward")
-    parser.add_argument("--output", type=Path, default=RESULTS / "training_cpu.json", help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=RESULTS / "training/cpu.json", help="default: %(default)s")
     args = parser.parse_args()
     total = SHAPES[args.shape]["num_hidden_layers"]
     args.routed = total // 2 if args.routed is None else args.routed

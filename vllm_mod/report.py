@@ -6,7 +6,7 @@ Each picture is one function from records to a figure. A record is what `read_re
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ from .config import ConfigError, ModConfig
 
 if TYPE_CHECKING:
     from .calibration import Calibration
+    from .evaluation import Evaluation
+    from .trainer_log import HeldOut, TrainerLog
 
 #: Okabe and Ito's colours, which everybody can tell apart; markers say the same again.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -26,41 +28,46 @@ class CannotDraw(Exception):
 
 @dataclass(frozen=True)
 class Record:
-    """The statistics of one checkpoint; a file that is not there is an empty dict, or None."""
+    """The statistics of one checkpoint; None: its file is not there."""
 
     name: str
     config: ModConfig
     num_layers: int
-    log: dict[str, Any] = field(default_factory=dict)
+    log: TrainerLog | None = None
     calibration: Calibration | None = None
-    evaluation: dict[str, Any] = field(default_factory=dict)
+    evaluation: Evaluation | None = None
 
     @property
-    def held_out(self) -> dict[str, Any]:
-        """kept, kept_per_layer, perplexity, dense_perplexity, … at the end of training."""
-        return self.log.get("held_out") or {}
+    def held_out(self) -> HeldOut | None:
+        """At the end of training."""
+        return self.log.held_out if self.log else None
+
+    @property
+    def recovery(self) -> float | None:
+        return self.evaluation.recovery if self.evaluation else None
 
     @property
     def kept_per_layer(self) -> dict[int, float]:
         """As calibrated last, else as trained."""
         calibrated = self.calibration.kept_per_layer if self.calibration else {}
-        found = calibrated or self.held_out.get("kept_per_layer") or {}
+        found = calibrated or (self.held_out.kept_per_layer if self.held_out else {})
         return {int(layer): ratio for layer, ratio in found.items()}
 
     @property
     def perplexity_ratio(self) -> float | None:
-        dense = self.held_out.get("dense_perplexity")
-        return self.held_out["perplexity"] / dense if dense else None
+        return self.held_out.perplexity / self.held_out.dense_perplexity if self.held_out else None
 
     @property
     def training_samples(self) -> int | None:
-        return ((self.log.get("data") or {}).get("training") or {}).get("used")
+        return self.log.data.training.used if self.log else None
 
 
 def read_record(directory: Path) -> Record:
     """Raises ConfigError unless `directory` is a checkpoint."""
     from .calibration import read_calibration
     from .checkpoint import read_json, read_mod_config
+    from .evaluation import read_evaluation
+    from .trainer_log import read_log
 
     if not directory.is_dir():
         raise ConfigError(f"{directory}: no such directory")
@@ -68,16 +75,13 @@ def read_record(directory: Path) -> Record:
     base = directory / "config.json"
     num_layers = read_json(base).get("num_hidden_layers", 0) if base.is_file() else 0
 
-    def stored(name: str) -> dict[str, Any]:
-        return read_json(directory / name) if (directory / name).is_file() else {}
-
     return Record(
         name=directory.resolve().name,
         config=config,
         num_layers=max(num_layers, config.layers[-1] + 1),
-        log=stored("trainer_log.json"),
+        log=read_log(directory),
         calibration=read_calibration(directory, config),
-        evaluation=stored("evaluation.json"),
+        evaluation=read_evaluation(directory),
     )
 
 
@@ -181,13 +185,15 @@ def kept_per_layer(records: Sequence[Record]) -> Any:
 
 def experts(records: Sequence[Record]) -> Any:
     """The paper's Figure 6: how often each expert is selected, and what its gate keeps, as capacity shrinks."""
-    drawn = [r for r in records if r.held_out.get("kept_per_expert") and r.held_out.get("selected_per_expert")]
+    drawn = [
+        (r, found) for r in records if (found := r.held_out) and found.kept_per_expert and found.selected_per_expert
+    ]
     if not drawn:
         raise CannotDraw("no expert_token checkpoint with kept_per_expert and selected_per_expert in trainer_log.json")
-    drawn.sort(key=lambda r: -r.held_out["kept"])
+    drawn.sort(key=lambda pair: -pair[1].kept)
     figure, axes = _axes(2, len(drawn), size=(5.6, 3.1))
-    for row, record in zip(axes, drawn, strict=True):
-        selected, kept = record.held_out["selected_per_expert"], record.held_out["kept_per_expert"]
+    for row, (record, found) in zip(axes, drawn, strict=True):
+        selected, kept = found.selected_per_expert or {}, found.kept_per_expert or {}
         layers = sorted(selected, key=int)
         shares = [[n / (sum(selected[i]) or 1) for n in selected[i]] for i in layers]
         ratios = [[float("nan") if r is None else r for r in kept[i]] for i in layers]
@@ -201,14 +207,14 @@ def experts(records: Sequence[Record]) -> Any:
             axis.set_yticks(range(len(layers)), layers)
             axis.set_xticks(range(0, len(values[0]), max(1, len(values[0]) // 16)))
             axis.grid(visible=False)
-            axis.set_title(f"{record.name}: kept {record.held_out['kept']:.2f}", fontsize=11)
+            axis.set_title(f"{record.name}: kept {found.kept:.2f}", fontsize=11)
     return figure
 
 
 def _quality(records: Sequence[Record]) -> tuple[str, Callable[[Record], Any]]:
     """The measure that all have: recovery of the tasks, else perplexity."""
-    if all(r.evaluation.get("recovery") is not None for r in records):
-        return "recovery (mean over tasks, routed / base)", lambda r: r.evaluation["recovery"]
+    if all(r.recovery is not None for r in records):
+        return "recovery (mean over tasks, routed / base)", lambda r: r.recovery
     return "perplexity / dense (held-out answers)", lambda r: r.perplexity_ratio
 
 
@@ -233,7 +239,7 @@ def _against(
         means = []
         for at in sorted(set(x)):  # over seeds
             there = [r for r in found if value(r) == at]
-            kept = sum(r.held_out["kept"] for r in there) / len(there)
+            kept = sum(r.held_out.kept for r in there if r.held_out) / len(there)
             means.append(sum(map(quality, there)) / len(there))
             axis.annotate(f"kept {kept:.2f}", (at, max(map(quality, there))), fontsize=9, color=color,
                           xytext=(0, 7), textcoords="offset points", ha="center")  # fmt: skip
@@ -278,30 +284,29 @@ def quality_against_kept(records: Sequence[Record]) -> Any:
     """Pareto curves: perplexity (and recovery of tasks, where there is one) against kept ratio, routed and static."""
     entries = []
     for record in records:
-        points = [point for point in record.evaluation.get("curve", []) if point.get("kept") is not None]
-        if not points and record.perplexity_ratio and not record.config.is_static:
-            ratio = record.perplexity_ratio
-            points = [{"system": "routed", "kept": record.held_out["kept"], "ratio_to_base": ratio}]
+        curve = record.evaluation.curve if record.evaluation else []
+        points = [(p.system, p.kept, p.ratio_to_base, p.ratio_standard_error) for p in curve if p.kept is not None]
+        if not points and record.held_out and record.perplexity_ratio and not record.config.is_static:
+            points = [("routed", record.held_out.kept, record.perplexity_ratio, 0.0)]
         if points:
             entries.append((record, points))
     if not entries:
         raise CannotDraw("no checkpoint has evaluation.json or a held-out perplexity in trainer_log.json")
-    evaluated = [r for r, _ in entries if r.evaluation.get("recovery") is not None]
+    evaluated = [r for r, _ in entries if r.recovery is not None]
     figure, (axes,) = _axes(2 if evaluated else 1)
     for number, (record, points) in enumerate(entries):
         color = COLORS[number % len(COLORS)]
         name = record.name
         for system, style in (("routed", f"{MARKERS[number % len(MARKERS)]}-"), ("static", "x--")):
-            found = sorted((p for p in points if p["system"] == system), key=lambda p: p["kept"])
-            x, y = [p["kept"] for p in found], [p["ratio_to_base"] for p in found]
-            error = [p.get("ratio_standard_error", 0) for p in found]
+            found = sorted(((kept, y, error) for s, kept, y, error in points if s == system), key=lambda p: p[0])
             if found:
+                x, y, error = zip(*found, strict=True)
                 label = f"{name}, {'routed' if system == 'routed' else 'static drop'}"
                 axes[0].errorbar(x, y, error, fmt=style, color=color, capsize=2, label=label,
                                  alpha=1 if system == "routed" else 0.6)  # fmt: skip
-        if record in evaluated:
-            kept, skipped = record.evaluation.get("kept_ratio"), record.evaluation.get("static_recovery")
-            axes[1].plot(kept, record.evaluation["recovery"], MARKERS[number % len(MARKERS)], color=color)
+        if record.evaluation and record.recovery is not None:
+            kept, skipped = record.evaluation.kept_ratio, record.evaluation.static_recovery
+            axes[1].plot(kept, record.recovery, MARKERS[number % len(MARKERS)], color=color)
             if skipped is not None:
                 axes[1].plot(kept, skipped, "x", color=color, alpha=0.6)
     for axis, label in zip(axes, ("perplexity / dense (held-out answers)", "recovery of the tasks (mean of quotients)"),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.tasks import task_data
+from vllm_mod.calibration import read_calibration
 from vllm_mod.checkpoint import read_mod_config
 
 pytestmark = pytest.mark.slow
@@ -55,7 +56,8 @@ def directory(trained: Path, tmp_path: Path) -> Path:
 def test_calibrate(directory):
     said = run(EXAMPLES / "calibrate.sh", "--max-length", "64", directory=directory)
     assert "0.6" in said
-    assert read_mod_config(directory / "checkpoint").target_capacity == 0.6
+    record = read_calibration(directory / "checkpoint", read_mod_config(directory / "checkpoint"))
+    assert record is not None and record.target_capacity == 0.6 and record.kept == pytest.approx(0.6, abs=0.1)
 
 
 def test_export(directory):

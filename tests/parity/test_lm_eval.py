@@ -10,7 +10,7 @@ from tests.support.models import routed_checkpoint
 from tests.support.tasks import task_data
 
 
-@pytest.mark.parametrize("granularity", ["attn_sequence", pytest.param("attn_token", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("granularity", ["attn_sequence", pytest.param("attn_token", marks=pytest.mark.nightly)])
 def test_scores_equal_the_references(
     granularity: str, tiny_llama_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

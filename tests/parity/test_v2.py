@@ -34,10 +34,10 @@ SLOW = {
         "(test_chunks and (mlp_sequence or block_sequence) and (24 or 4096))"
         " or (test_one_token_per_step and attn_sequence) or (test_preemption and 24) or test_parity"
     ),
-    ("test_soak.py",): "test_shared_prefixes_and_dials and 120",
 }
 #: Ten minutes each.
 NIGHTLY = {
+    ("test_soak.py",): "test_shared_prefixes_and_dials and 120",
     ("test_rehearsal.py",): "not [block_token and not [patched] and not [patched-",
     ("test_dense.py", "test_architectures.py"): "(test_parity or test_windows) and (phi3 or granite) and not static",
     ("test_architectures.py", "test_dense.py"): "(test_parity or test_windows) and gemma and not static",

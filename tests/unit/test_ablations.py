@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import ablations, heldout, measure
-from benchmarks.ablation_report import best_static, text
-from benchmarks.static_drop import Switches, greedy_order, losses_at, orders
+from benchmarks import ablations
+from benchmarks.lib import measure, perplexity
+from benchmarks.lib.ablation_report import best_static, text
+from benchmarks.lib.static_drop import Switches, greedy_order, losses_at, orders
 from vllm_mod.config import ModConfig
 
 
@@ -31,9 +32,9 @@ def arguments(base: Path, data: Path, tmp_path: Path, *more: str) -> list[str]:
 def test_the_error_of_a_ratio_is_that_of_the_paired_difference() -> None:
     counts = torch.full((50,), 10.0, dtype=torch.float64)
     losses = torch.linspace(10, 90, 50, dtype=torch.float64)
-    value, alone = heldout.perplexity(losses, counts)
+    value, alone = perplexity.perplexity(losses, counts)
     assert value == pytest.approx(math.exp(5))
-    ratio, paired = heldout.perplexity_ratio(losses + 1, losses, counts)
+    ratio, paired = perplexity.perplexity_ratio(losses + 1, losses, counts)
     assert ratio == pytest.approx(math.exp(0.1)) and paired == pytest.approx(0, abs=1e-9) and alone > 1
 
 
@@ -42,7 +43,7 @@ def test_the_error_is_that_of_a_ratio_of_sums() -> None:
     generator = torch.Generator().manual_seed(0)
     counts = torch.randint(5, 50, (300,), generator=generator).double()
     losses = counts * (2 + 0.5 * torch.randn(300, generator=generator, dtype=torch.float64))
-    _, error = heldout.perplexity(losses, counts)
+    _, error = perplexity.perplexity(losses, counts)
     draws = torch.randint(300, (2000, 300), generator=generator)
     values = (losses[draws].sum(1) / counts[draws].sum(1)).exp()
     assert error == pytest.approx(float(values.std()), rel=0.1)
@@ -77,11 +78,11 @@ def test_variance_explained() -> None:
 def test_switched_off_is_dropped(target: str, tiny_llama_path: Path) -> None:
     switches = Switches(tiny_llama_path, target)
     config = ModConfig.parse({"version": 1, "granularity": f"{target}_static", "layers": [2, 5]}, "test")
-    static = heldout.load_system(tiny_llama_path, config)
-    expected, _ = heldout.answer_losses(static, samples())
+    static = perplexity.load_system(tiny_llama_path, config)
+    expected, _ = perplexity.answer_losses(static, samples())
     assert torch.allclose(switches.losses([2, 5], samples()), expected)
-    dense, _ = heldout.answer_losses(
-        heldout.load_system(tiny_llama_path, heldout.dense_config(tiny_llama_path)), samples()
+    dense, _ = perplexity.answer_losses(
+        perplexity.load_system(tiny_llama_path, perplexity.dense_config(tiny_llama_path)), samples()
     )
     assert torch.allclose(switches.losses([], samples()), dense) and not torch.allclose(expected, dense)
 

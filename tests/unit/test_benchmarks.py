@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import engines, kv_capacity, page_order, scaling, scheduler_cost, shapes, throughput
-from benchmarks.common import isolated, llama_config, machine, markdown_table, routed_config
+from benchmarks import kv_capacity, page_order, scaling, scheduler_cost, throughput
+from benchmarks.lib import engines, shapes
+from benchmarks.lib.common import isolated, llama_config, machine, markdown_table, routed_config
 
 
 @pytest.mark.parametrize("num_layers", [4, 8, 16, 28, 32, 80])
@@ -109,7 +110,7 @@ def test_plot(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # ten minutes
 def test_a_quarter_skipped_is_a_third_more_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kv_capacity.main(["--output", str(tmp_path / "result.json")])
     line = last_line(capsys)

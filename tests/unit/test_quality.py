@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import quality
-from benchmarks.quality_report import text
-from benchmarks.tasks import TASKS, Load, check_tasks, leaves, load_tasks
+from benchmarks.lib.quality_report import text
+from benchmarks.lib.tasks import TASKS, Load, check_tasks, leaves, load_tasks
 from tests.support.models import routed_checkpoint
 from tests.support.tasks import task_data
 from vllm_mod.config import ConfigError

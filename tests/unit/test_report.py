@@ -17,10 +17,12 @@ pytest.importorskip("matplotlib")
 
 
 def log(kept: float = 0.5, layers: tuple[int, ...] = (2, 3), samples: int = 100, **held_out: Any) -> dict[str, Any]:
-    """What training stores, as far as pictures need it."""
-    held = {"kept": kept, "perplexity": 12.0, "dense_perplexity": 10.0}
+    """What training stores."""
+    held = {"loss": 2.5, "kept": kept, "perplexity": 12.0, "dense_loss": 2.3, "dense_perplexity": 10.0}
     held |= {"kept_per_layer": {str(i): kept for i in layers}}
-    return {"held_out": held | held_out, "data": {"training": {"used": samples}}}
+    rows = {"read": samples, "used": samples}
+    data = {"sources": ["d.jsonl"], "training": rows, "held_out": rows}
+    return {"target_capacity": 0.5, "held_out": held | held_out, "data": data, "log": [], "steps": []}
 
 
 @pytest.fixture
@@ -81,7 +83,8 @@ def test_calibration_counts_more_than_training(make: Any) -> None:
 
 def test_evaluated_points_are_drawn(make: Any) -> None:
     points = [{"system": s, "kept": k, "ratio_to_base": 1.1} for s in ("routed", "static") for k in (0.5, 0.75)]
-    evaluation = {"curve": points, "recovery": 0.98, "static_recovery": 0.9, "kept_ratio": 0.5}
+    evaluation = {"command": "quality", "tasks": {}, "curve": points}
+    evaluation |= {"recovery": 0.98, "static_recovery": 0.9, "kept_ratio": 0.5}
     figure = report.quality_against_kept([report.read_record(make("one", evaluation=evaluation))])
     left, right = figure.axes
     drawn = {tuple(line.get_xdata()) for line in left.lines}
@@ -130,7 +133,9 @@ def test_without_matplotlib(
 def test_bad_input_is_one_line(make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     good = make("one", trainer_log=log())
+    misspelt = make("misspelt", trainer_log=log(kept_per_leyer={}))
     for argv, said in [
+        ([str(misspelt)], "trainer_log.json: unknown key 'held_out.kept_per_leyer'"),
         ([str(tmp_path / "nowhere")], "no such directory"),
         ([str(good), "--output", str(tmp_path / "file")], "cannot be written"),
     ]:

@@ -17,10 +17,14 @@ from vllm_mod.calibration import Calibration, read_calibration
 from vllm_mod.checkpoint import is_router_only, read_mod_config
 from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.dial import ways_to_ask
+from vllm_mod.evaluation import Evaluation, Task, read_evaluation
 from vllm_mod.files import REFERENCE_COMMAND, read_json
+from vllm_mod.trainer_log import Data, Table, TrainerLog, read_log
 
 from . import patch_record
 from .counts import summary
+from .plot import PLOT_FILE
+from .records import Arguments, read_arguments
 
 CARD_FILE = "README.md"
 _WHAT = {"attn": "self-attention", "mlp": "MLP", "block": "attention and MLP", "expert": "routed experts"}
@@ -67,7 +71,7 @@ def write(directory: Path) -> None:
 def render(directory: Path) -> str:
     """The card's text."""
     config = read_mod_config(directory)
-    records = {name: _record(directory, name) for name in ("training_args", "trainer_log", "evaluation")}
+    args, log, evaluation = read_arguments(directory), read_log(directory), read_evaluation(directory)
     calibration = read_calibration(directory, config)
     command = (directory / "train_command.txt").read_text() if (directory / "train_command.txt").is_file() else ""
     licence = _licence(directory)
@@ -75,22 +79,17 @@ def render(directory: Path) -> str:
         "---\n" + yaml.safe_dump(_front_matter(config, licence), sort_keys=False, allow_unicode=True) + "---",
         f"# {_base_name(config)}, {config.granularity}",
         _introduction(config),
-        _serving(directory, config, records["training_args"]),
+        _serving(directory, config, args),
         "" if is_router_only(directory) else _IN_TRANSFORMERS,
-        _kept(config, records["trainer_log"], calibration),
+        _kept(config, log, calibration),
         _operating_points(config, calibration),
         patch_record.section(directory, config),
-        _evaluation(records["evaluation"]),
-        _training(config, records["training_args"], records["trainer_log"], command),
-        "![kept ratio and lambda in training](training.png)" if (directory / "router_tuning.png").is_file() else "",
+        _evaluation(evaluation),
+        _training(config, args, log, command),
+        f"![kept ratio and lambda in training]({PLOT_FILE})" if (directory / PLOT_FILE).is_file() else "",
         _licence_section(licence),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
-
-
-def _record(directory: Path, name: str) -> dict[str, Any]:
-    path = directory / f"{name}.json"
-    return read_json(path) if path.is_file() else {}
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -164,7 +163,7 @@ def _ranges(layers: Sequence[int]) -> str:
     return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)
 
 
-def _serving(directory: Path, config: ModConfig, args: dict[str, Any]) -> str:
+def _serving(directory: Path, config: ModConfig, args: Arguments | None) -> str:
     lines, more = [], ""
     if is_router_only(directory):
         base = _hub_name(config) or "BASE"
@@ -177,7 +176,7 @@ def _serving(directory: Path, config: ModConfig, args: dict[str, Any]) -> str:
         more = "\n\nThe routers were trained together with the LoRA adapter: ask for the model `tuned`."
     else:
         lines.append("vllm serve CKPT")
-        if args.get("lora_r"):
+        if args and args.lora_r:
             more = (
                 "\n\nA LoRA adapter was trained with the routers and is merged into these weights: the routers belong "
             )
@@ -189,10 +188,10 @@ def _serving(directory: Path, config: ModConfig, args: dict[str, Any]) -> str:
 # ---------------------------------------------------------------- what was measured
 
 
-def _kept(config: ModConfig, log: dict[str, Any], calibration: Calibration | None) -> str:
+def _kept(config: ModConfig, log: TrainerLog | None, calibration: Calibration | None) -> str:
     if config.is_static:
         return ""
-    trained = log.get("held_out", {}).get("kept_per_layer", {})
+    trained = log.held_out.kept_per_layer if log else {}
     calibrated = calibration.kept_per_layer if calibration else {}
     head = ["layer", config.criterion]
     columns: list[dict[str, float]] = []
@@ -203,7 +202,7 @@ def _kept(config: ModConfig, log: dict[str, Any], calibration: Calibration | Non
         [str(layer), f"{limit:.4g}", *(_number(column.get(str(layer))) for column in columns)]
         for layer, limit in zip(config.layers, config.limits, strict=True)
     ]
-    means = [log.get("held_out", {}).get("kept")] * bool(trained)
+    means: list[float | None] = [log.held_out.kept] if log and trained else []
     means += [calibration.kept] if calibration and calibrated else []
     if means:
         rows.append(["all", "", *map(_number, means)])
@@ -225,61 +224,58 @@ def _operating_points(config: ModConfig, calibration: Calibration | None) -> str
     )
 
 
-def _evaluation(evaluation: dict[str, Any]) -> str:
-    if not evaluation:
+def _evaluation(evaluation: Evaluation | None) -> str:
+    if evaluation is None:
         return ""
-    parts = ["## Evaluation"]
-    tasks = evaluation.get("tasks") or {}
-    systems = [s for s in ("base", "checkpoint", "static") if any(t.get(s) is not None for t in tasks.values())]
+    parts, tasks = ["## Evaluation"], evaluation.tasks
+    systems = [s for s in ("base", "checkpoint", "static") if any(getattr(t, s) is not None for t in tasks.values())]
     if tasks:
         rows = [
-            [name, f"{task.get('metric', '')}, {task.get('shots', 0)}-shot", str(task.get("samples", "-")),
-             *(_with_error(task, system) for system in systems)]
+            [name, f"{task.metric}, {task.shots}-shot", str(task.samples), *(_with_error(task, s) for s in systems)]
             for name, task in tasks.items()
-        ]  # fmt: skip
-        for name, system in (("recovery", "checkpoint"), ("static_recovery", "static")):
-            if system in systems and evaluation.get(name) is not None:
-                cells = ["", *(_number(evaluation[name]) if s == system else "" for s in systems[1:])]
+        ]
+        for found, system in ((evaluation.recovery, "checkpoint"), (evaluation.static_recovery, "static")):
+            if system in systems and found is not None:
+                cells = ["", *(_number(found) if s == system else "" for s in systems[1:])]
                 rows.append([f"{system} / base, mean over tasks", "", "", *cells])
         parts.append(_table(["task", "metric", "samples", *systems], rows))
-    if perplexity := {k: v for k, v in (evaluation.get("perplexity") or {}).items() if v is not None}:
+    if perplexity := {k: v for k, v in evaluation.perplexity.items() if v is not None}:
         parts.append(
             "Perplexity of held-out answers: " + ", ".join(f"{_number(v, 2)} {k}" for k, v in perplexity.items())
         )
-    if evaluation.get("kept_ratio") is not None:
-        parts.append(f"Kept ratio during this evaluation: {_number(evaluation['kept_ratio'])}")
+    if evaluation.kept_ratio is not None:
+        parts.append(f"Kept ratio during this evaluation: {_number(evaluation.kept_ratio)}")
     if "static" in systems:
         parts.append("*static*: as many sublayers dropped for good as the checkpoint skipped on average.")
-    return "\n\n".join([*parts, f"```console\n$ {evaluation.get('command', '')}\n```"])
+    return "\n\n".join([*parts, f"```console\n$ {evaluation.command}\n```"])
 
 
-def _with_error(task: dict[str, Any], system: str) -> str:
-    error = task.get(f"{system}_stderr")
-    return _number(task.get(system)) + (f" ± {_number(error)}" if error is not None else "")
+def _with_error(task: Task, system: str) -> str:
+    error = getattr(task, f"{system}_stderr")
+    return _number(getattr(task, system)) + (f" ± {_number(error)}" if error is not None else "")
 
 
 # ---------------------------------------------------------------- how it was made
 
 
-def _training(config: ModConfig, args: dict[str, Any], log: dict[str, Any], command: str) -> str:
+def _training(config: ModConfig, args: Arguments | None, log: TrainerLog | None, command: str) -> str:
     parts = ["## How it was made"] if args or log or command else []
-    if held_out := log.get("held_out"):
+    if log:
         parts.append(
-            f"Perplexity of held-out answers at the end of training: {_number(held_out.get('perplexity'), 2)} routed, "
-            f"{_number(held_out.get('dense_perplexity'), 2)} base."
+            f"Perplexity of held-out answers at the end of training: {_number(log.held_out.perplexity, 2)} routed, "
+            f"{_number(log.held_out.dense_perplexity, 2)} base."
         )
-    if data := log.get("data"):
-        parts.append(_data(data))
+        parts.append(_data(log.data))
     if args:
-        facts: dict[str, Any] = {"seed": args.get("seed"), "steps": len(log.get("steps", [])) or None}
-        facts["samples per device and step"] = args.get("per_device_train_batch_size")
+        facts: dict[str, Any] = {"seed": args.seed, "steps": len(log.steps) if log else None}
+        facts["samples per device and step"] = args.per_device_train_batch_size
         facts["target capacity"] = config.target_capacity
-        facts["learning rate"] = args.get("learning_rate")
-        if args.get("lora_r"):
-            facts |= {"LoRA rank": args["lora_r"], "LoRA alpha": args.get("lora_alpha")}
-            facts["LoRA learning rate"] = args.get("lora_learning_rate")
-            facts["LoRA on"] = ", ".join(args.get("lora_target_modules") or [])
-            facts["in layers"] = _ranges(list(map(int, args.get("lora_layers") or [])))
+        facts["learning rate"] = args.learning_rate
+        if args.lora_r:
+            facts |= {"LoRA rank": args.lora_r, "LoRA alpha": args.lora_alpha}
+            facts["LoRA learning rate"] = args.lora_learning_rate
+            facts["LoRA on"] = ", ".join(args.lora_target_modules or [])
+            facts["in layers"] = _ranges(list(map(int, args.lora_layers or [])))
         parts.append(_table(["", ""], [[name, str(value)] for name, value in facts.items() if value is not None]))
     if command:
         lines = command.strip().splitlines()
@@ -290,15 +286,17 @@ def _training(config: ModConfig, args: dict[str, Any], log: dict[str, Any], comm
     return "\n\n".join(part for part in parts if part)
 
 
-def _data(data: dict[str, Any]) -> str:
-    tables = data.get("tables") or [{"name": name} for name in data.get("sources", [])]
-    amounts = [f"{t['samples']} samples" if "samples" in t else f"x {t.get('portion', 1):g}" for t in tables]
-    unread = [", ".join(t.get("fields_not_read", ["-"])).replace("|", "\\|") for t in tables]
+def _data(data: Data) -> str:
+    tables = data.tables or [Table(name=name) for name in data.sources]
+    taken = [f"x {t.portion or 1:g}" if t.samples is None else f"{t.samples} samples" for t in tables]
+    unread = [", ".join(t.fields_not_read or ["-"]).replace("|", "\\|") for t in tables]
     head = ["data", "rows", "taken", "fields not read"]
-    names, sizes = [_file_name(t["name"]) for t in tables], [str(t.get("rows", "-")) for t in tables]
-    rows = zip(names, sizes, amounts, unread, strict=True)
-    parts = [("Training", data.get("training")), ("Held out", data.get("held_out"))]
-    text = [f"{what}: {summary(counts)}." for what, counts in parts if counts]
+    names, sizes = [_file_name(t.name) for t in tables], ["-" if t.rows is None else str(t.rows) for t in tables]
+    rows = zip(names, sizes, taken, unread, strict=True)
+    text = [
+        f"{what}: {summary(counts.model_dump())}."
+        for what, counts in (("Training", data.training), ("Held out", data.held_out))
+    ]
     return "\n\n".join([_table(head, rows), *text])
 
 

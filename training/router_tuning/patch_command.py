@@ -16,7 +16,9 @@ from vllm_mod.checkpoint import (
     read_routers,
     replace_routers,
 )
+from vllm_mod.evaluation import EVALUATION_FILE
 from vllm_mod.files import ADAPTER_FILES, atomic_directory, link_or_copy, model_files
+from vllm_mod.trainer_log import LOG_FILE
 
 from . import card
 from .arguments import PatchArguments, check_output
@@ -27,12 +29,13 @@ from .loading import base_of, checkpoint_config, load_routed
 from .lora import ADAPTER_DIR
 from .patch_record import PatchRecord
 from .patches import check_rank, collate, fit_patches, with_patch
+from .plot import PLOT_FILE
 from .preflight import check_vocabulary, check_writable
+from .records import ARGUMENTS_FILE
 
 log = logging.getLogger(__name__)
 
-_RECORDS = ("train_command.txt", "training_args.json", "trainer_log.json", "training.png", CALIBRATION_FILE)
-EVALUATION_FILE = "evaluation.json"
+_RECORDS = ("train_command.txt", ARGUMENTS_FILE, LOG_FILE, PLOT_FILE, CALIBRATION_FILE)
 
 
 def patch(args: PatchArguments, command: str) -> tuple[PatchRecord, Path]:

@@ -19,6 +19,7 @@ from vllm_mod.config import ConfigError, ModConfig
 
 from . import states
 from .arguments import RouterArguments, RouterTrainingArguments
+from .records import read_state
 
 #: Settings whose change would have no effect on a resumed run, as they come from its state, or would mix up its data.
 _KEPT = (
@@ -139,17 +140,9 @@ def settings_of(
     return json.loads(json.dumps(found | {"data": f"{len(data)} samples, checksum {checksum:08x}"}))
 
 
-def settings_of_state(state: Path) -> dict[str, Any]:
-    """What `settings_of` gave for the run that left this state."""
-    from .trainer import STATE_FILE
-
-    settings: dict[str, Any] = json.loads((state / STATE_FILE).read_text(encoding="utf-8"))["settings"]
-    return settings
-
-
 def check_same(state: Path, settings: Mapping[str, Any], processes: int) -> None:
     """Raise ConfigError where a run would go on with other settings than it began with."""
-    before = settings_of_state(state)
+    before = read_state(state).settings
     found = states.differences(before, settings)
     if (were := states.processes_of(state)) != processes:
         found.append(f"it had {were} processes, this run has {processes}")

@@ -17,6 +17,7 @@ from transformers import set_seed
 
 from vllm_mod.checkpoint import BaseShape, write_checkpoint
 from vllm_mod.config import ConfigError, ModConfig
+from vllm_mod.trainer_log import LOG_FILE, TrainerLog
 
 from . import card, dry_run, lora, preflight, selection, states
 from .arguments import (
@@ -36,6 +37,7 @@ from .model import attach_routers, freeze_base, load_base, routing_of
 from .patch_record import PATCHES_FILE, PatchRecord
 from .patches import PATCH_SAMPLES, check_rank, collate, fit_patches, with_patch
 from .plot import PLOT_FILE, plot_training
+from .records import ARGUMENTS_FILE, arguments_text
 from .ridge import Fitted
 from .tokenizer import load_tokenizer
 from .trainer import RouterTrainer, writable
@@ -163,8 +165,8 @@ def _finish(
     routers = trainer.final_routers(run_dir / states.FINAL)
     if trainer.is_world_process_zero():
         records = parts.records | {
-            "training_args.json": _as_text(_arguments_record(args, training_args)),
-            "trainer_log.json": _as_text(_log_record(trainer, routed, dense, parts.data)),
+            ARGUMENTS_FILE: arguments_text(_arguments_record(args, training_args)),
+            LOG_FILE: _log_record(trainer, routed, dense, parts.data).to_text(),
         }
         config, patches = parts.config, {layer: found.patch for layer, found in fitted.items()}
         if args.patch_rank is not None:
@@ -271,18 +273,15 @@ def _arguments_record(args: RouterArguments, training_args: RouterTrainingArgume
     return vars(args) | {k: v for k, v in settings.items() if not any(word in k for word in unwanted)}
 
 
-def _log_record(trainer: RouterTrainer, routed: Evaluation, dense: Evaluation, data: dict[str, Any]) -> dict[str, Any]:
-    return {
+def _log_record(trainer: RouterTrainer, routed: Evaluation, dense: Evaluation, data: dict[str, Any]) -> TrainerLog:
+    record = {
         "target_capacity": trainer.capacity.target,
         "held_out": routed.to_dict() | {"dense_loss": dense.loss, "dense_perplexity": dense.perplexity},
         "data": data,
         "log": trainer.state.log_history,
         "steps": trainer.history,
     }
-
-
-def _as_text(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    return TrainerLog.parse(record, LOG_FILE)
 
 
 def _report(args: RouterArguments, routed: Evaluation, dense: Evaluation, steps: int) -> None:

@@ -25,7 +25,8 @@ from .data import IGNORED, Collator
 from .layerwise import Batch, predictions
 from .model import attach_routers, decoder_layers, load_base
 from .patches import collate, fit_patches
-from .preflight import check_writable, settings_of_state
+from .preflight import check_writable
+from .records import read_state
 from .routing import routing_of
 
 #: Samples that are measured on: the order of layers settles within a few thousand answer tokens.
@@ -119,7 +120,7 @@ def choose(
     The main process measures, for all; a run that resumes has the layers it began with. state: see `last_state`.
     """
     if state is not None:
-        return list(settings_of_state(state)["layers"])
+        return list(read_state(state).settings["layers"])
     chosen: list[Any] = [None]
     if training_args.process_index == 0:
         chosen = [_measured(args, training_args, shape, base, train_set)]

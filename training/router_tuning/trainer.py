@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from transformers import Trainer, TrainerCallback
 
 from vllm_mod.checkpoint import ROUTERS_FILE, router_name
 from vllm_mod.config import ConfigError
+from vllm_mod.trainer_log import Step
 
 from . import lora, states
 from .average import TailAverage, local
@@ -25,8 +25,8 @@ from .evaluation import Evaluation, measure
 from .interrupt import IgnoredInWorkers, deferred
 from .loss import CapacityLoss
 from .model import routing, routing_of
+from .records import Controller, State, read_state
 
-STATE_FILE = "capacity.json"
 _AVERAGE_FILE = "average.{}.safetensors"  # one per process
 #: Overflows in a row after which a smaller loss scale will not help: from 2^16 it has fallen below 2^-4.
 MOST_OVERFLOWS = 20
@@ -52,8 +52,8 @@ class RouterTrainer(Trainer):
         #: Saved with each state: what a run that resumes from it must have in common.
         self.settings = settings or {}
         self.average = TailAverage()
-        #: One entry per optimizer step: kept ratio per layer and lambda. Goes into trainer_log.json.
-        self.history: list[dict[str, Any]] = []
+        #: Goes into trainer_log.json.
+        self.history: list[Step] = []
         #: Kept ratios of the micro-batches of the step that is being taken.
         self._measured: list[Tensor] = []
         #: What keeping is worth in them, and their task loss.
@@ -145,11 +145,10 @@ class RouterTrainer(Trainer):
                 self._stop("a trained weight is not finite")
             self.capacity.step(sum(kept) / len(kept), effect, self._learning_rate_share())
             self.average.update(state.routers, self.state.global_step / max(self.state.max_steps, 1))
-        self.history.append(
-            {"step": self.state.global_step, "loss": loss, "kept": sum(kept) / len(kept)}
-            | {"lambda": self.capacity.weight, "scale": self.capacity.scale}
-            | {"kept_per_layer": dict(zip(map(str, state.config.layers), kept, strict=True))}
-        )
+        step: dict[str, Any] = {"step": self.state.global_step, "loss": loss, "kept": sum(kept) / len(kept)}
+        step |= {"lambda": self.capacity.weight, "scale": self.capacity.scale}
+        step |= {"kept_per_layer": dict(zip(map(str, state.config.layers), kept, strict=True))}
+        self.history.append(Step.parse(step, "step"))
 
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -180,7 +179,7 @@ class RouterTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         recent = self.history[self._logged :]
         if recent and "loss" in logs:
-            logs["kept"] = round(sum(h["kept"] for h in recent) / len(recent), 4)
+            logs["kept"] = round(sum(h.kept for h in recent) / len(recent), 4)
             logs["lambda"] = round(self.capacity.weight, 5)
             self._logged = len(self.history)
         super().log(logs, start_time)
@@ -248,20 +247,20 @@ class RouterTrainer(Trainer):
         save_file(tensors, directory / ROUTERS_FILE, metadata={"format": "pt"})
         if self.adapter_learning_rate is not None:
             save_file(lora.adapter_tensors(self.model, state_dict), directory / lora.ADAPTER_FILE)
-        state = {"capacity": self.capacity.state_dict(), "history": self.history, "settings": self.settings}
-        (directory / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+        controller = Controller(**self.capacity.state_dict())
+        State(capacity=controller, history=self.history, settings=self.settings).write(directory)
 
     def restore(self, directory: Path) -> None:
         """Routers and controller of a saved state. Call it before `train`, while no parameter is sharded yet."""
         try:
             tensors = load_file(directory / ROUTERS_FILE)
-            state = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
+            state = read_state(directory)
             for layer, router in routing_of(self.model).routers.items():
                 router.weight.data.copy_(tensors[router_name(layer)])
             if self.adapter_learning_rate is not None:
                 lora.load_adapter_tensors(self.model, load_file(directory / lora.ADAPTER_FILE))
-            self.capacity.load_state_dict(state["capacity"])
-            self.history = state["history"]
+            self.capacity.load_state_dict(state.capacity.model_dump())
+            self.history = state.history
             self.average.load_state_dict(load_file(directory / _AVERAGE_FILE.format(self.args.process_index)))
         except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
             raise ConfigError(f"{directory}: cannot be resumed from: {error}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,8 @@ def test_a_trained_checkpoint_has_one(base_dir, data_file, tmp_path):
         "--lora-modules tuned=CKPT/adapter --max-lora-rank 32", "See the base model.", "Perplexity of held-out answers",
     ):  # fmt: skip
         assert fact in text, fact
+    picture = re.search(r"!\[.*\]\((.*)\)", text)
+    assert picture is not None and (tmp_path / "out" / picture[1]).is_file()
     before = text
     card.write(tmp_path / "out")
     assert (tmp_path / "out/README.md").read_text() == before

@@ -23,6 +23,7 @@ from vllm_mod.files import read_json
 
 GRANULARITIES = ["attn_sequence", "mlp_sequence", "block_sequence", "attn_token", "mlp_token", "block_token"]
 STATIC = ["attn_static", "mlp_static", "block_static"]
+EVALUATION = '{"command": "", "tasks": {}, "recovery": null, "static_recovery": null, "kept_ratio": null}'
 LAYERS = (1, 2, 3)
 PROMPT = [0, 11, 21, 31, 12, 5, 40, 41]
 
@@ -86,7 +87,7 @@ def test_into_another_one(checkpoint, routed, base_dir, data_file, tmp_path, gra
         shutil.rmtree(checkpoint)
         checkpoint = routed(granularity)
     (checkpoint / "train_command.txt").write_text("router-tuning train")
-    (checkpoint / "evaluation.json").write_text("{}")
+    (checkpoint / "evaluation.json").write_text(EVALUATION)
     before = content(checkpoint)
     assert patch(checkpoint, data_file, "--output", str(tmp_path / "out")) == 0
     assert content(checkpoint) == before
@@ -94,7 +95,7 @@ def test_into_another_one(checkpoint, routed, base_dir, data_file, tmp_path, gra
     other, own = content(tmp_path / "out"), content(checkpoint)
     for name in ("README.md", "patches.json"):  # which name what was typed
         assert other.pop(name).replace(f" --output {tmp_path}/out".encode(), b"") == own.pop(name)
-    assert own.pop("evaluation.before_patch.json") == b"{}"
+    assert own.pop("evaluation.before_patch.json") == EVALUATION.encode()
     assert other == own and other["train_command.txt"] == b"router-tuning train"
 
 

@@ -1,9 +1,11 @@
-"""The table and the picture of `quality.json`."""
+"""The table and the picture of what `quality` wrote."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+
+from vllm_mod.evaluation import Evaluation
 
 from .common import markdown_table, progress
 
@@ -69,11 +71,19 @@ def _share(value: float | None, form: str = "{:.3f}") -> str:
     return "-" if value is None else form.format(value)
 
 
+def evaluation(record: dict[str, Any]) -> Evaluation:
+    """What of it the checkpoint keeps."""
+    keys = ("command", "machine", "tasks", "recovery", "static_recovery", "kept_ratio")
+    perplexity = {k: v["perplexity"] for k, v in record.get("perplexity", {}).items()}
+    more = {"perplexity": perplexity, "curve": record.get("curve", [])}
+    return Evaluation.parse({k: record[k] for k in keys} | more, "evaluation")
+
+
 def plot(record: dict[str, Any], path: Path) -> None:
     """Quality against kept ratio: the checkpoint at several thresholds, and static drops."""
     from vllm_mod.config import ModConfig
     from vllm_mod.report import Record, draw, quality_against_kept
 
     config = ModConfig.parse(record["mod_config"], "mod_config")
-    draw(quality_against_kept, [Record(config.granularity, config, 0, evaluation=record)], path)
+    draw(quality_against_kept, [Record(config.granularity, config, 0, evaluation=evaluation(record))], path)
     progress(f"wrote {path}")

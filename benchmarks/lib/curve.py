@@ -12,7 +12,7 @@ from tqdm import tqdm
 from vllm_mod.calibration import read_calibration
 from vllm_mod.config import ConfigError, ModConfig
 
-from .heldout import answer_losses, dense_config, held_out, load_system, perplexity, perplexity_ratio
+from .perplexity import answer_losses, dense_config, held_out, load_system, perplexity, perplexity_ratio
 
 CALIBRATION_SAMPLES = 64
 

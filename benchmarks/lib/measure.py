@@ -21,8 +21,9 @@ from router_tuning.model import load_reference, reference_decisions, routing_of
 from router_tuning.tokenizer import load_tokenizer
 from vllm_mod.checkpoint import read_json, read_mod_config
 from vllm_mod.config import ConfigError, ModConfig
+from vllm_mod.trainer_log import read_log
 
-from .heldout import answer_losses, perplexity, perplexity_ratio
+from .perplexity import answer_losses, perplexity, perplexity_ratio
 from .static_drop import Switches, losses_at, orders
 
 
@@ -247,8 +248,9 @@ def _correlation(x: Tensor, y: Tensor) -> float:
 
 
 def _training_log(checkpoint: Path) -> dict[str, Any]:
-    log = json.loads((checkpoint / "trainer_log.json").read_text())
-    return {"steps": len(log["steps"]), "kept_in_last_steps": round(_mean(h["kept"] for h in log["steps"][-10:]), 3)}
+    log = read_log(checkpoint)
+    steps = log.steps if log else []
+    return {"steps": len(steps), "kept_in_last_steps": round(_mean(step.kept for step in steps[-10:]), 3)}
 
 
 def _mean(values: Any) -> float:

@@ -22,7 +22,7 @@ from router_tuning.drop import sublayer_similarity
 from router_tuning.model import attach_routers, load_base, routing_of
 from vllm_mod.config import ModConfig
 
-from .heldout import answer_losses
+from .perplexity import answer_losses
 
 Samples = Sequence[dict[str, Any]]
 

@@ -19,7 +19,7 @@ from vllm_mod.architectures import architecture_of
 from vllm_mod.checkpoint import BaseShape
 from vllm_mod.config import ConfigError, ModConfig
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 PACKAGES = ("vllm", "vllm-mod", "torch", "transformers")
 T = TypeVar("T")
 

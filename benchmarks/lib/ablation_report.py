@@ -1,4 +1,4 @@
-"""The tables and the picture of `ablations.json`."""
+"""The tables and the picture of what `ablations` wrote."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ def text(record: dict[str, Any], stem: str) -> str:
     parts = [
         "# Ablations",
         f"Made by `{record['command']}`; everything is in [{stem}.json]({stem}.json). What it says is in "
-        "[docs/quality.md](../../docs/quality.md).",
+        "[docs/quality.md](../../../docs/quality.md).",
         f"Held-out answers: {sources}; {about['answer_tokens']} answer tokens, dense perplexity "
         f"{about['dense_perplexity']} ± {about['standard_error']}. Others are given relative to the dense model on "
         "the same samples, with the standard error of that paired difference. *Static* drops as many sublayers as the "
-        "run skipped on average; *best static* is the best of all choices tried (`benchmarks/static_drop.py`), picked "
-        "with hindsight; *same layers* may drop only layers that the run routes. *Other decisions*: the checkpoint "
-        "with the decisions of another sample, or of a coin with the same odds: below 1, choosing is worth something.",
+        "run skipped on average; *best static* is the best of all choices tried "
+        "(`benchmarks/lib/static_drop.py`), picked with hindsight; *same layers* may drop only layers that the run "
+        "routes. *Other decisions*: the checkpoint with the decisions of another sample, or of a coin with the same "
+        "odds: below 1, choosing is worth something.",
         f"![ratios]({stem}.png)",
     ]
     for group, title in TITLES.items():

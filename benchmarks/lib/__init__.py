@@ -1,0 +1,1 @@
+"""What the commands are made of; nothing here imports one of them."""
