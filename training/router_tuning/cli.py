@@ -87,6 +87,8 @@ def _version(distribution: str) -> str:
         return "not installed"
 
 
+_SMALLER = "give fewer or shorter samples at a time: lower --batch-size where there is one, and --max-length"
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "fit": fit,
@@ -116,9 +118,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f'router-tuning: error: {error}; install it with: pip install "vllm-mod[train]"', file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        first = str(error).split(". ")[0]
+        print(f"router-tuning: error: out of memory: {first}; {_SMALLER}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("router-tuning: interrupted", file=sys.stderr)
         return 130
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return should_reduce_batch_size(error)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ In nats, with the patch in the sublayer's place where there shall be one. All to
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +30,14 @@ from .preflight import check_writable
 from .records import read_state
 from .routing import routing_of
 
+log = logging.getLogger(__name__)
+
 #: Samples that are measured on: the order of layers settles within a few thousand answer tokens.
 SAMPLES = 32
 #: Samples that patches are fitted on before that: good enough to tell layers apart.
 _PATCH_SAMPLES = 128
-_BATCH = 4
+#: Tokens of a forward, padding included: predictions over the whole vocabulary are held for all of them, twice.
+_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -83,15 +87,26 @@ def measure(
         torch.zeros(len(order), dtype=torch.float64),
         torch.zeros(len(order), len(layers), shape.hidden_size),
     )
-    batches = [order[first : first + _BATCH] for first in range(0, len(order), _BATCH)]
+    batches = _batches([len(samples[i]["input_ids"]) for i in order])
     total = len(batches) * (len(layers) + 1)
     with tqdm(total=total, desc="layer costs", unit="forward", disable=True if quiet else None) as progress:
         for rows in batches:
-            batch = Collator(0)([dict(samples[i]) for i in rows])
+            batch = Collator(0)([dict(samples[order[row]]) for row in rows])
             found.nats[rows], found.tokens[rows], found.inputs[rows] = _measure_batch(model, batch, progress)
     if not found.nats.isfinite().all():
         raise ConfigError("the base model's predictions are not finite on these samples; layers cannot be compared")
     return found
+
+
+def _batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Places of ascending lengths, so many together as `_TOKENS` allows when padded to the longest; at least one."""
+    batches: list[list[int]] = []
+    for place, length in enumerate(lengths):
+        if batches and (len(batches[-1]) + 1) * length <= _TOKENS:
+            batches[-1].append(place)
+        else:
+            batches.append([place])
+    return batches
 
 
 def every_layer(shape: BaseShape, target: str, window: int | None) -> ModConfig:
@@ -135,6 +150,9 @@ def _measured(args: RouterArguments, training_args: Any, shape: BaseShape, base:
     model = load_base(base, torch.bfloat16 if training_args.bf16 else torch.float32).to(training_args.device).eval()
     place = check_writable(Path(args.output), Path(args.output).absolute().parent)
     target = args.granularity.split("_")[0]
+    log.info(
+        "choosing layers: what skipping each of %d costs, on %d samples", shape.num_layers, min(SAMPLES, len(samples))
+    )
     found = measure(model, samples, shape, target, window, args.patch_rank, place, quiet=quiet).costs()
     chosen = cheapest(found, max(shape.num_layers // 2, 1))
     report(found, chosen, "routed")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
 from transformers import SchedulerType, TrainingArguments
 from transformers.utils import logging
 
+from router_tuning import cli
 from router_tuning.arguments import RouterTrainingArguments
 from router_tuning.cli import main
 from router_tuning.preflight import check_schedule
@@ -242,3 +244,22 @@ def test_an_optimizer_that_was_not_tried_is_refused(capsys):
         line = refusal(capsys, "train", *TRAIN, "--optim", optim)
         assert f"argument --optim: invalid choice: '{optim}' (choose from" in line and "rmsprop" in line
     assert "--save-strategy best is not for routers" in refusal(capsys, "train", *TRAIN, "--save-strategy", "best")
+
+
+def test_a_full_device_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever the command: what torch raises when a GPU's memory is used up."""
+
+    def full(argv: Any) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
+
+    monkeypatch.setitem(cli.COMMANDS, "patch", full)
+    assert cli.main(["patch"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("router-tuning: error: out of memory: CUDA out of memory;") and "--max-length" in error
+
+    def another(argv: Any) -> int:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setitem(cli.COMMANDS, "patch", another)
+    with pytest.raises(RuntimeError, match="shapes"):
+        cli.main(["patch"])
