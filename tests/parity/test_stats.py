@@ -28,10 +28,16 @@ class Lines(logging.Handler):
         self.text += record.getMessage() + "\n"
 
 
-def test_an_exact_share_of_skipped_layers(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exact_share_of_skipped_layers(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Thresholds 0 and 1: every number is known beforehand, and is in the metrics and in the log line."""
     # vLLM's line every ten seconds takes the counts with it: on a slow machine it came before ours.
     monkeypatch.setattr(LLMEngine, "do_log_stats_with_interval", lambda self: None)
+    # Whatever earlier tests in this process left behind: vLLM's `suppress_logging` stays on where its block raises.
+    logger = logging.getLogger("vllm.v1.metrics.loggers")
+    caplog.set_level(logging.DEBUG, logger=logger.name)
+    monkeypatch.setattr(logger, "disabled", False)
     checkpoint = routed_checkpoint(base, tmp_path / "c", "attn_sequence", LAYERS, threshold=[1.0, 0.0, 1.0, 0.0])
     with engine(checkpoint) as llm:
         generate(llm, random_prompts([40, 50, 60]), [1, 20, 20])
@@ -40,7 +46,7 @@ def test_an_exact_share_of_skipped_layers(base: Path, tmp_path: Path, monkeypatc
         assert counter(llm, "vllm:mod_kv_pages_freed") == 2 * 2 * 2  # requests, token blocks, layers
         assert counter(llm, "vllm:mod_messages_ignored") == 1  # it ended with its first token
         assert counter(llm, "vllm:mod_kv_bytes_per_token") == 6 * BYTES_PER_TOKEN  # of eight layers
-        lines, logger = Lines(), logging.getLogger("vllm.v1.metrics.loggers")
+        lines = Lines()
         logger.addHandler(lines)
         llm.llm_engine.do_log_stats()
         logger.removeHandler(lines)

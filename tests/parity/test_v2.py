@@ -12,9 +12,7 @@ from tests.support.v2 import v2_environment
 
 #: Files, and which of their tests. First all granularities of Llama, one more dense architecture and one with experts.
 QUICK = {
-    ("test_llama.py", "test_scale.py"): (
-        "test_mixed_batch or (test_preemption and (attn_sequence or attn_token)) or test_a_few_requests"
-    ),
+    ("test_llama.py",): "test_mixed_batch and (attn_sequence or attn_token)",
     ("test_dense.py",): "test_parity and qwen3 and not static",
     ("test_moe.py",): "test_parity and deepseek and not static",
     ("test_async.py",): "test_steps_in_flight",
@@ -28,6 +26,9 @@ QUICK = {
     ),
 }
 SLOW = {
+    ("test_llama.py", "test_scale.py"): (
+        "test_mixed_batch or (test_preemption and (attn_sequence or attn_token)) or test_a_few_requests"
+    ),
     ("test_dense.py",): "test_parity and (qwen2 or mistral) and not static",
     ("test_moe.py",): "test_parity and olmoe and not static",
     ("test_window.py", "test_patches.py"): (
