@@ -119,20 +119,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'router-tuning: error: {error}; install it with: pip install "vllm-mod[train]"', file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if not _out_of_memory(error):
+        from .memory import out_of_memory
+
+        if (full := out_of_memory(error, _SMALLER)) is None:
             raise
-        first = str(error).split(". ")[0]
-        print(f"router-tuning: error: out of memory: {first}; {_SMALLER}", file=sys.stderr)
+        print(f"router-tuning: error: {full}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("router-tuning: interrupted", file=sys.stderr)
         return 130
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    from accelerate.utils.memory import should_reduce_batch_size
-
-    return should_reduce_batch_size(error)
 
 
 if __name__ == "__main__":

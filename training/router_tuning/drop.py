@@ -26,6 +26,7 @@ from .model import architecture_of_model, attach_routers, decoder_layers, load_b
 from .patch_record import PATCHES_FILE, PatchRecord
 from .patches import check_rank, collate, fit_patches, with_patch
 from .preflight import check_vocabulary, check_writable
+from .selection import cheapest
 
 #: Target -> where the residual stream is read before and after it.
 _ENDS = {"attn": ("before", "between"), "mlp": ("between", "after"), "block": ("before", "after")}
@@ -78,7 +79,7 @@ def sublayer_similarity(model: Any, samples: Sequence[Sequence[int]], target: st
 
 def most_similar(similarity: Sequence[float], number: int) -> list[int]:
     """The `number` layers that change their input least, ascending; the earlier one first where two are equal."""
-    return sorted(sorted(range(len(similarity)), key=lambda i: -similarity[i])[:number])
+    return cheapest({layer: -value for layer, value in enumerate(similarity)}, number)
 
 
 def dropped(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import torch
@@ -20,11 +19,9 @@ from .interrupt import deferred
 from .loading import measuring_dtype, on_best_device
 from .model import attach_routers, load_base
 from .patch_record import PATCHES_FILE, PatchRecord
-from .patches import check_rank, collate, fit_patches
+from .patches import check_rank, collate, fit_patches, with_patch
 from .preflight import check_vocabulary, check_writable
-from .selection import Measured, cheapest, every_layer, measure, report
-
-log = logging.getLogger(__name__)
+from .selection import Measured, cheaper_half, every_layer, measure, report
 
 #: Fewer say nothing about how requests differ.
 _FEWEST = 16
@@ -43,12 +40,14 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
     check_vocabulary(base, samples)
     if len(samples) < _FEWEST:
         raise ConfigError(f"{', '.join(args.data)}: {len(samples)} usable samples; {_FEWEST} are needed")
+    if args.measured_samples < _FEWEST:
+        raise ConfigError(f"--measured-samples {args.measured_samples}: {_FEWEST} or more are needed")
     place = check_writable(Path(args.output), Path(args.output).absolute().parent)
     model = on_best_device(load_base(base, measuring_dtype()).eval())
     measured = measure(model, samples, shape, target, window, args.patch_rank, place, args.measured_samples)
     del model
-    layers = named or cheapest(measured.costs(), max(shape.num_layers // 2, 1))
-    report(measured.costs(), layers, "routed")
+    layers = named or cheaper_half(measured.costs())
+    report(measured.costs(), layers)
     config, routers = _routers(args, measured, layers, window)
 
     model = on_best_device(load_base(base, measuring_dtype()).eval())
@@ -58,11 +57,15 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
     command = next(iter(records["train_command.txt"].splitlines()))
     record = PatchRecord.of(fitted, args.patch_rank, command, args.data, len(samples), counts.to_dict())
     record.report()
-    config = ModConfig.parse(config.to_dict() | {"patch": {"rank": args.patch_rank}}, "mod_config")
     patches = {layer: found.patch for layer, found in fitted.items()}
     with deferred():
         output = write_checkpoint(
-            base, args.output, config, routers, records | {PATCHES_FILE: record.to_text()}, patches=patches
+            base,
+            args.output,
+            with_patch(config, args.patch_rank),
+            routers,
+            records | {PATCHES_FILE: record.to_text()},
+            patches=patches,
         )
         card.write(output)
     return output

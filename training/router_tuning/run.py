@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from transformers import set_seed
 
 from vllm_mod.checkpoint import BaseShape, write_checkpoint
@@ -33,6 +32,7 @@ from .export import base_shape
 from .hub import local_model
 from .interrupt import StopOnInterrupt, ignored
 from .loss import CapacityLoss
+from .memory import out_of_memory
 from .model import attach_routers, freeze_base, load_base, routing_of
 from .patch_record import PATCHES_FILE, PatchRecord
 from .patches import PATCH_SAMPLES, check_rank, collate, fit_patches, with_patch
@@ -128,9 +128,9 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
             print(f"interrupted; go on with: {again}{'' if args.resume else ' --resume'}", file=sys.stderr)
         return INTERRUPTED
     except RuntimeError as error:
-        if not should_reduce_batch_size(error):
+        if (full := out_of_memory(error, _SMALLER)) is None:
             raise
-        raise ConfigError(f"out of memory: {str(error).split('. ')[0]}; {_SMALLER}") from None
+        raise full from None
     finally:
         if args.run_dir is None and _is_main(training_args):
             states.remove_if_empty(run_dir)

@@ -121,16 +121,21 @@ def cheapest(found: Mapping[int, float], number: int) -> list[int]:
     return sorted(sorted(found, key=lambda layer: (found[layer], layer))[:number])
 
 
-def report(found: Mapping[int, float], chosen: Sequence[int], what: str) -> None:
+def cheaper_half(found: Mapping[int, float]) -> list[int]:
+    """What is routed where no layers are named."""
+    return cheapest(found, max(len(found) // 2, 1))
+
+
+def report(found: Mapping[int, float], chosen: Sequence[int]) -> None:
     """A line per layer, from the first to the last."""
     for layer in sorted(found):
-        print(f"layer {layer:3}: {found[layer]:8.4f} nats per token if skipped{f'  {what}' if layer in chosen else ''}")
+        print(f"layer {layer:3}: {found[layer]:8.4f} nats per token if skipped{'  routed' if layer in chosen else ''}")
 
 
 def choose(
     args: RouterArguments, training_args: Any, shape: BaseShape, base: Path, train_set: Any, state: Path | None
 ) -> list[int]:
-    """what `train` routes where no --layers are named: half of the layers, those of least cost on training samples.
+    """What `train` routes where no --layers are named: half of the layers, those of least cost on training samples.
 
     The main process measures, for all; a run that resumes has the layers it began with. state: see `last_state`.
     """
@@ -154,8 +159,8 @@ def _measured(args: RouterArguments, training_args: Any, shape: BaseShape, base:
         "choosing layers: what skipping each of %d costs, on %d samples", shape.num_layers, min(SAMPLES, len(samples))
     )
     found = measure(model, samples, shape, target, window, args.patch_rank, place, quiet=quiet).costs()
-    chosen = cheapest(found, max(shape.num_layers // 2, 1))
-    report(found, chosen, "routed")
+    chosen = cheaper_half(found)
+    report(found, chosen)
     return chosen
 
 

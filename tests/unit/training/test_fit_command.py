@@ -78,6 +78,8 @@ def test_half_of_the_layers_by_default(base: Path, data: Path, tmp_path: Path) -
         (["--patch-rank", "100000"], "--patch-rank"),
         (["--layers", "9"], "layers"),
         (["--max-samples", "3"], "usable samples"),
+        (["--measured-samples", "15"], "--measured-samples 15: 16 or more are needed"),
+        (["--patch-rank", "-1"], "--patch-rank"),
         (["--granularity", "attn_token"], "--granularity"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
