@@ -41,14 +41,14 @@ class FreePages:
     def take(self, number: int) -> np.ndarray:
         if number > self.num_free_blocks:
             raise ValueError(f"{number} blocks are wanted, {self.num_free_blocks} are free")
-        parts, missing = [], number
+        parts, missing, all_wait = [], number, self._places == self.num_free_blocks
         while missing:
             ticket, numbers = self._chunks.popleft()
             first, rest = numbers[:missing], numbers[missing:]
             if len(rest):
                 self._chunks.appendleft((ticket, rest))
             self._places -= len(first)
-            parts.append(first[self._tickets[first] == ticket])
+            parts.append(first if all_wait else first[self._tickets[first] == ticket])
             missing -= len(parts[-1])
         taken = parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.int64), *parts])
         self._tickets[taken] = 0

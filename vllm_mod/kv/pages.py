@@ -46,8 +46,7 @@ class PageManager(FullAttentionManager):
         #: the column that every request has pages in
         self._lead = next((c for c in range(self._width) if c not in routed), 0)
         self._all = np.arange(self._width)
-        self._is_other = self._all != self._lead
-        self._others = self._all[self._is_other]
+        self._others = np.delete(self._all, self._lead)
         self._skippable = [(i, column) for i, column in enumerate(routed) if column not in (-1, self._lead)]
         self._window = 0
         self.pages = PagePool(self.block_pool)
@@ -92,7 +91,8 @@ class PageManager(FullAttentionManager):
         """A request has arrived. cutoffs: float64 `[R]`; dial: what they come from, if not from the checkpoint."""
         prompt = request.num_prompt_tokens
         window_end = (min(self._window, prompt) if self._window else prompt) if len(cutoffs) else 0
-        tracked = self._live[request.request_id] = Tracked(request, prompt, window_end, cutoffs, dial, self._skippable)
+        tracked = Tracked(request, prompt, window_end, cutoffs, dial, self._others, self._skippable)
+        self._live[request.request_id] = tracked
         request.block_hashes = OwnedHashes(request.block_hashes)
         request.block_hashes.owner = tracked
         return tracked
@@ -136,8 +136,8 @@ class PageManager(FullAttentionManager):
     ) -> int:
         tracked = self._live[request_id]
         last = cdiv(num_tokens, self.block_size)
-        if not new_computed_blocks:
-            return self._number_of_pages(tracked, tracked.blocks, last)
+        if not new_computed_blocks:  # most steps of most requests need nothing
+            return self._number_of_pages(tracked, first, last) if last > (first := len(tracked.leads)) else 0
         found = self._found_pages(tracked, list(new_computed_blocks))
         return self.pages.number_free(found[found > 0]) + self._number_of_pages(tracked, found.shape[1], last)
 
@@ -166,7 +166,7 @@ class PageManager(FullAttentionManager):
             return
         tracked, leads = self._live[request_id], list(new_computed_blocks)
         assert not tracked.blocks
-        tracked.add(leads, self._found_pages(tracked, leads))
+        tracked.add(leads, self._width)[:] = self._found_pages(tracked, leads)
         tracked.found = tracked.offered = len(leads)
         tracked.found_sums = self._found_sums(tracked, leads)
         self.pages.hold(leads, self._pages_of(tracked, self._others))
@@ -192,8 +192,8 @@ class PageManager(FullAttentionManager):
         """Give the request pages for `num_tokens` tokens; returns what is new in its row: its slot, or nothing."""
         tracked = self._stepping[request_id] = self._live[request_id]
         tracked.scheduled = num_tokens
-        first, last = tracked.blocks, cdiv(num_tokens, self.block_size)
-        if last > first:
+        if num_tokens > (first := len(tracked.leads)) * self.block_size:
+            last = cdiv(num_tokens, self.block_size)
             self._grow(tracked, first, last)
             self._grown[request_id] = tracked
             self.token_slots += (last - first) * self.block_size
@@ -202,18 +202,18 @@ class PageManager(FullAttentionManager):
 
     def _grow(self, tracked: Tracked, first: int, last: int) -> None:
         number = last - first
-        leads, others = self.pages.take(number, self._number_of_pages(tracked, first, last) - number)
+        dense = min(max(self._dense_blocks(tracked) - first, 0), number) if tracked.skipped else number
+        pages_of_dense = dense * len(self._others)
+        leads, others = self.pages.take(number, pages_of_dense + (number - dense) * len(tracked.others))
         if number >= _SORTED_FROM:
             others.sort()
-        pages = np.zeros((self._width, number), np.int32)
+        pages = tracked.add(leads, self._width)
         pages[self._lead] = [lead.block_id for lead in leads]
-        if tracked.skipped:
-            wanted = self._is_other[:, None].repeat(number, 1)
-            wanted[list(tracked.skipped), max(self._dense_blocks(tracked) - first, 0) :] = False
-            pages[wanted] = others
-        else:
-            pages[self._others] = others.reshape(-1, number)  # a layer's pages lie side by side
-        tracked.add(leads, pages)
+        # A layer's pages lie side by side.
+        if dense:
+            pages[self._others, :dense] = others[:pages_of_dense].reshape(-1, dense)
+        if dense < number:
+            pages[tracked.others, dense:] = others[pages_of_dense:].reshape(-1, number - dense)
 
     def _take_slot(self, request_id: str, tracked: Tracked) -> list[KVCacheBlock]:
         if tracked.slot is None:
@@ -232,12 +232,12 @@ class PageManager(FullAttentionManager):
 
     def cache_blocks(self, request: Any, *_: Any, **__: Any) -> None:
         """vLLM calls it for every request that it schedules, if prefix caching is on."""
-        self._offer(self._live[request.request_id])
+        tracked = self._live[request.request_id]
+        if tracked.scheduled // self.block_size > tracked.offered:
+            self._offer(tracked)
 
     def _offer(self, tracked: Tracked) -> None:
         offered = tracked.offered
-        if tracked.scheduled // self.block_size <= offered:
-            return
         self.prefix.offer(tracked)
         if tracked.slot is not None and tracked.offered > offered:
             # vLLM reads from the blocks of a row how many tokens a request has left in the cache.

@@ -48,8 +48,9 @@ class PagePool:
         return blocks, pages[leads:]
 
     def cache(self, pages: np.ndarray, leads: np.ndarray) -> None:
-        """They hold cached token blocks from now on; leads: those of `pages` that are."""
+        """They hold cached token blocks from now on; 0: no page. leads: those of `pages` that are."""
         self.cached[pages] = True
+        self.cached[0] = False
         self._leads[leads] = True
 
     def hold(self, leads: Sequence[KVCacheBlock], others: np.ndarray) -> None:

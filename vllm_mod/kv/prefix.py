@@ -10,7 +10,6 @@ one that finds the whole window knows its decisions before it is prefilled.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,14 +31,14 @@ def decisions(sums: np.ndarray, count: int, cutoffs: np.ndarray) -> np.ndarray:
 class CachedBlock:
     """The pages of one token block, int32 `[G]`: 0 where its decisions skip a layer."""
 
-    __slots__ = ("key", "lead", "owners", "pages", "sums", "window_end")
+    __slots__ = ("key", "lead", "owner", "pages", "sums", "window_end")
 
-    def __init__(self, lead: KVCacheBlock, pages: np.ndarray, owners: np.ndarray, sums: np.ndarray | None) -> None:
+    def __init__(self, lead: KVCacheBlock, pages: np.ndarray, owner: int, sums: np.ndarray | None) -> None:
         """sums: float64 `[R]`, of `w . x` up to the end of the block or window. None until heard, and behind that.
 
-        owners: int64 `[G]`, of the pages now; those that have another one later are lost.
+        owner: of all its pages now; those that have another one later are lost.
         """
-        self.lead, self.key, self.pages, self.owners, self.sums = lead, lead.block_hash, pages, owners, sums
+        self.lead, self.key, self.pages, self.owner, self.sums = lead, lead.block_hash, pages, owner, sums
         self.window_end: bytes | None = None  #: hash of the block, if the window's last token is in it
 
     @property
@@ -58,8 +57,8 @@ class PrefixCache:
         self._by_lead: dict[int, CachedBlock] = {}
         #: hash of the block with the window's last token -> the block
         self._window_ends: dict[bytes | None, CachedBlock] = {}
-        #: hashes of blocks behind a window that are being computed by requests whose decisions are not known yet
-        self._undecided: Counter[bytes] = Counter()
+        #: hash of the first block behind a window -> requests whose decisions are not known yet, and that compute it
+        self._undecided: dict[bytes, list[Tracked]] = {}
 
     # ---- finding
 
@@ -79,7 +78,7 @@ class PrefixCache:
                 break
             found.append(cached)
         if len(found) == inside and self._decide(tracked, hashes, found):
-            decided = key_of(tracked)
+            decided = tracked.key
             for block in range(inside, longest):
                 if (cached := self._at(decided + hashes[block])) is None:
                     break
@@ -87,9 +86,15 @@ class PrefixCache:
         usable = self._usable(tracked, found)
         if len(usable) < len(found):
             tracked.waits = False  # pages are lost before the place that it would wait for
-        elif len(found) < longest and hashes[len(found)] in self._undecided:
+        elif len(found) < longest and self._is_coming(hashes, len(found)):
             tracked.waits = True
         return usable
+
+    def _is_coming(self, hashes: Sequence[Any], block: int) -> bool:
+        """It lies behind the window, and is being computed by a request whose decisions are not known yet."""
+        behind = self._window // self._size
+        same = self._undecided.get(hashes[behind], ()) if block >= behind else ()
+        return any(t.undecided > block and t.request.block_hashes[block] == hashes[block] for t in same)
 
     def _at(self, key: bytes) -> CachedBlock | None:
         blocks = self._pool.get_cached_block(key, [0])
@@ -117,8 +122,8 @@ class PrefixCache:
         if not found:
             return found
         needed = self.needed(tracked, len(found))
-        pages, owners = (np.stack([getattr(c, name) for c in found]) for name in ("pages", "owners"))
-        there = (self._pages.owners[pages[:, needed]] == owners[:, needed]).all(1)
+        pages, owners = np.stack([c.pages for c in found]), np.array([c.owner for c in found])
+        there = (self._pages.owners[pages[:, needed]] == owners[:, None]).all(1)
         return found if there.all() else self._usable(tracked, found[: int(there.argmin())])
 
     def needed(self, tracked: Tracked, blocks: int) -> np.ndarray:
@@ -146,23 +151,23 @@ class PrefixCache:
             self._add(tracked, tracked.request, tracked.offered, inside)
         if tracked.keep is not None:
             if end > (first := max(tracked.offered, inside)):
-                self._add(tracked, _Keyed(tracked.request, key_of(tracked), inside, end), first, end)
-        else:
-            for block in range(inside + len(tracked.undecided), end):
-                tracked.undecided.append(hashes[block])
-                self._undecided[hashes[block]] += 1
+                self._add(tracked, _Keyed(tracked.request, tracked.key, inside, end), first, end)
+        elif end > inside:
+            if not tracked.undecided:
+                self._undecided.setdefault(hashes[inside], []).append(tracked)
+            tracked.undecided = end
 
     def _add(self, tracked: Tracked, request: Any, first: int, last: int) -> None:
         self._pool.cache_full_blocks(request, tracked.leads, first, last, self._size, 0)
         window_end = (self._window - 1) // self._size
         new = tracked.pages[:, first:last].T.copy()
-        owners = self._pages.owners[new]
-        self._pages.cache(new[new > 0] if tracked.skipped else new.ravel(), new[:, self._lead])
-        for block in range(first, last):
-            lead, row = tracked.leads[block], block - first
-            cached = CachedBlock(lead, new[row], owners[row], tracked.sums.get(block))
-            self._forget(lead)
-            self._by_lead[lead.block_id] = cached
+        leads = new[:, self._lead]
+        self._pages.cache(new, leads)
+        owners = self._pages.owners[leads].tolist()  # a token block's pages were taken at once
+        for block, lead, row, owner in zip(range(first, last), tracked.leads[first:last], new, owners, strict=True):
+            if lead.block_id in self._by_lead:
+                self._forget(lead)
+            cached = self._by_lead[lead.block_id] = CachedBlock(lead, row, owner, tracked.sums.get(block))
             if block <= window_end:
                 if cached.sums is None:
                     tracked.awaited.setdefault(block, []).append(cached)
@@ -187,11 +192,12 @@ class PrefixCache:
             self._forget_undecided(tracked)
 
     def _forget_undecided(self, tracked: Tracked) -> None:
-        for block_hash in tracked.undecided:
-            self._undecided[block_hash] -= 1
-            if not self._undecided[block_hash]:
-                del self._undecided[block_hash]
-        tracked.undecided.clear()
+        if tracked.undecided:
+            behind = tracked.request.block_hashes[self._window // self._size]
+            self._undecided[behind].remove(tracked)
+            if not self._undecided[behind]:
+                del self._undecided[behind]
+        tracked.undecided = 0
 
     def withdraw(self, tracked: Tracked, first: int) -> None:
         """Its blocks from `first` on will not be computed: it loses its pages before the step begins."""
@@ -205,12 +211,6 @@ class PrefixCache:
     def let_go(self, tracked: Tracked) -> None:
         """It computes nothing any more, beyond the steps that are under way."""
         self._forget_undecided(tracked)
-
-
-def key_of(tracked: Tracked) -> bytes:
-    """What tells blocks of different decisions apart. Before a hash, whose end is what KV events show."""
-    assert tracked.keep is not None
-    return np.packbits(tracked.keep).tobytes()
 
 
 class _Keyed:
@@ -234,5 +234,7 @@ class _KeyedHashes(Sequence[Any]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self._end))]
+            first, end, step = index.indices(self._end)
+            inside = self._hashes[first : min(end, self._inside) : step]
+            return [*inside, *(self._decided + h for h in self._hashes[first + step * len(inside) : end : step])]
         return self._hashes[index] if index < self._inside else self._decided + self._hashes[index]

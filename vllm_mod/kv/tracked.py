@@ -31,10 +31,13 @@ class Tracked:
     window_end: int
     cutoffs: np.ndarray  #: float64 `[R]`
     dial: dict[str, Any] | None = None  #: what they come from, if they are not the checkpoint's
+    #: page columns that it has pages in besides the lead's; behind its window, once it is decided
+    others: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     #: (routed layer, its page column), of those that give pages back where they are skipped
     skippable: Sequence[tuple[int, int]] = ()
     #: bool `[R]`; None until it is decided, then frozen
     keep: np.ndarray | None = None
+    key: bytes = b""  #: tells blocks of different decisions apart; before a hash, whose end is what KV events show
     skipped: frozenset[int] = frozenset()  #: page columns that it has no pages in behind its window
     #: it has no pages, and its decisions are on their way
     deciding: bool = False
@@ -59,7 +62,7 @@ class Tracked:
     offered: int = 0  #: token blocks that others may find
     certain: int = 0  #: those of them that were offered in earlier steps, or are sure to be computed
     sums: dict[int, np.ndarray] = field(default_factory=dict)  #: float64 `[R]` per block in the window, as heard
-    undecided: list[bytes] = field(default_factory=list)  #: hashes of its blocks behind the window
+    undecided: int = 0  #: token blocks, if some lie behind its window, while it is not decided
 
     @property
     def blocks(self) -> int:
@@ -71,21 +74,22 @@ class Tracked:
         """All of them, int32 `[G, token blocks]`; 0 where a layer is skipped."""
         return self.table[:, : len(self.leads)]
 
-    def add(self, leads: Sequence[KVCacheBlock], pages: np.ndarray) -> None:
-        """More token blocks; pages: `[G, n]`, those of the leads among them."""
+    def add(self, leads: Sequence[KVCacheBlock], width: int) -> np.ndarray:
+        """More token blocks; returns where their pages are to be written, those of the leads among them: `[G, n]`."""
         first, last = len(self.leads), len(self.leads) + len(leads)
         if last > self.table.shape[1]:
-            table = np.zeros((len(pages), max(last, 2 * first)), np.int32)
+            table = np.zeros((width, max(last, 2 * first)), np.int32)
             if first:
                 table[:, :first] = self.table[:, :first]
             self.table = table
-        self.table[:, first:last] = pages
         self.leads += leads
+        return self.table[:, first:last]
 
     def decide(self, keep: np.ndarray) -> None:
         """keep: bool `[R]`."""
-        self.keep = keep
+        self.keep, self.key = keep, np.packbits(keep).tobytes()
         self.skipped = frozenset(column for layer, column in self.skippable if not keep[layer])
+        self.others = np.array([c for c in self.others.tolist() if c not in self.skipped], np.int64)
 
     def let_go(self) -> None:
         """It has no pages any more: it has ended, or is preempted."""
