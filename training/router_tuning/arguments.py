@@ -50,8 +50,8 @@ class RouterArguments:
     layers: list[str] | None = field(
         default=None,
         metadata={
-            "help": "routed layers, such as `5 6 7` or `5-10`; default: the half whose skipping, one at a time, costs "
-            "predictions least, measured on training data (experts: the deepest half but the last one)"
+            "help": "routed layers, such as `5 6 7` or `5-10`; default, or `auto`: the half whose skipping, one at a "
+            "time, costs predictions least, measured on training data (experts: the deepest half but the last one)"
         },
     )
     window: str = field(
@@ -72,9 +72,10 @@ class RouterArguments:
     )  # fmt: skip
     patch_rank: int | None = field(
         default=None,
-        metadata={"help": "when the routers are trained, fit patches of this rank, which stand in for what is skipped, "
-                  "on training samples (as `router-tuning patch` does); 0: a bias; default: nothing stands in, as in "
-                  "the paper"},
+        metadata={"aliases": ["--patch"],
+                  "help": "when the routers are trained, fit patches of this rank, which stand in for what is skipped, "
+                  "on training samples (as `router-tuning patch` does); 0: a bias; default, or `none`: nothing stands "
+                  "in, as in the paper"},
     )  # fmt: skip
     max_length: int = field(default=1024, metadata={"help": "longer samples are truncated; counted"})
     max_train_samples: int | None = field(
@@ -106,6 +107,9 @@ class RouterArguments:
         metadata={"help": "check everything, show a sample as it is supervised, evaluate a batch, write an untrained "
                   "checkpoint to <output>.dry-run, and stop"},
     )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        self.layers = None if self.layers == ["auto"] else self.layers
 
 
 @dataclass
@@ -182,8 +186,9 @@ class ExportArguments:
     )  # fmt: skip
     patch_rank: int | None = field(
         default=None,
-        metadata={"help": "fit patches of this rank, which stand in for the dropped attentions, on the same --data "
-                  "(as `router-tuning patch` does for checkpoints that are there); default: nothing stands in"},
+        metadata={"aliases": ["--patch"],
+                  "help": "fit patches of this rank, which stand in for the dropped attentions, on the same --data (as "
+                  "`router-tuning patch` does for checkpoints that are there); default, or `none`: nothing stands in"},
     )  # fmt: skip
     data: list[str] | None = field(
         default=None, metadata={"help": "calibration data of --drop-attention, as for train"}
@@ -211,7 +216,7 @@ class FitArguments:
         metadata={"help": "what is skipped, per what", "choices": [g for g in GRANULARITIES if "_sequence" in g]},
     )
     layers: list[str] | None = field(
-        default=None, metadata={"help": "routed layers, as for train; default: the half that costs least"}
+        default=None, metadata={"help": "routed layers, as for train; default, or `auto`: the half that costs least"}
     )
     window: str = field(default="32", metadata={"help": "tokens at the start of a prompt that decide, and always run"})
     target_capacity: float = field(default=0.5, metadata={"help": "kept ratio to set, between 0 and 1"})
@@ -222,6 +227,9 @@ class FitArguments:
     eval_fraction: float = field(
         default=0.02, metadata={"help": "leave out the last part of every file, for evaluation; 0: all rows"}
     )
+
+    def __post_init__(self) -> None:
+        self.layers = None if self.layers == ["auto"] else self.layers
 
 
 @dataclass

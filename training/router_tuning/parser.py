@@ -53,6 +53,8 @@ class OneLineParser(HfArgumentParser):
         for action in self._actions:
             action.option_strings = [name for name in action.option_strings if "_" not in name]
             self.fields |= dict.fromkeys(action.option_strings, action.dest)
+            if action.dest == "patch_rank" and action.default is None:
+                action.type = _number_or_none
             refused = RouterTrainingArguments in types and action.dest in REFUSED
             if refused or action.dest == "local_rank" or action.const is False:  # the last: --no-x is `--x false`
                 action.help = argparse.SUPPRESS
@@ -73,6 +75,13 @@ class OneLineParser(HfArgumentParser):
                 near = " or ".join(nearest(flag, shown))
                 self.error(f"unknown flag {flag}" + (f": did you mean {near}?" if near else ""))
         return [self.fields[flag] for flag in flags]
+
+
+def _number_or_none(word: str) -> int | None:
+    try:
+        return None if word == "none" else int(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a number, or `none`, is needed (got {word!r})") from None
 
 
 def nearest(flag: str, known: Iterable[str]) -> list[str]:

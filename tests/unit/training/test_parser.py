@@ -82,6 +82,16 @@ def test_underscores_are_understood():
     assert training_args.dataloader_in_order is False  # not in --help, as `--dataloader-in-order false` is the same
 
 
+def test_defaults_have_words(capsys):
+    (args, _) = parsed("--layers", "auto", "--patch", "none")
+    assert args == parsed()[0] and args.layers is None and args.patch_rank is None
+    assert parsed("--patch", "8")[0].patch_rank == 8
+    assert "--patch-rank/--patch: a number, or `none`, is needed (got 'some')" in refusal(
+        capsys, "train", *TRAIN, "--patch-rank", "some"
+    )
+    assert "--patch-rank -1: 0 or more is needed" in refusal(capsys, "train", *TRAIN, "--patch-rank", "-1")
+
+
 def test_a_words_place_does_not_matter_but_for_the_checkpoint(capsys):
     assert parse([CalibrateArguments], "x", ["c", "--target-capacity", "1", "--data", "d"])[0].checkpoint == "c"
     line = refusal(capsys, "calibrate", "--target-capacity", "1", "--data", "d", "c")
