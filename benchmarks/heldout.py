@@ -1,15 +1,19 @@
-"""What routing costs on held-out data: perplexity of the answers, dense, routed and statically dropped, and the kept
-ratio that the engine really had on the same prompts.
+"""What routing costs on held-out data, beside whatever it is to be compared with: perplexity of the answers, KL to the
+dense model's predictions, how often the likeliest token is the same, sublayers skipped, and the kept ratio that the
+engine really had on the same prompts.
 
-Perplexity is the float32 reference's (the engine equals it, see tests/parity); decisions are taken from the prompt
-alone, as they are when a request is served. The kept ratio is read from the engine's own counters.
+All but the last are the float32 reference's (the engine equals it, see tests/parity); decisions are taken from the
+prompt alone, as they are when a request is served. The kept ratio is read from the engine's own counters. Errors of
+ratios are those of paired differences, over samples.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -18,7 +22,19 @@ from vllm_mod.config import ModConfig
 
 from .lib.common import RESULTS, command, isolated, machine, progress, write_json
 from .lib.engine_kept import engine_kept
-from .lib.perplexity import answer_losses, dense_config, held_out, load_system, perplexity, perplexity_ratio
+from .lib.perplexity import (
+    Answers,
+    compare,
+    dense_config,
+    held_out,
+    load_system,
+    mean_per_token,
+    perplexity,
+    perplexity_ratio,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def arguments() -> argparse.Namespace:
@@ -29,9 +45,28 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--fraction", type=float, default=0.02, help="held-out part of a file (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=200, help="held-out samples (default: %(default)s)")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a sample (default: %(default)s)")
+    parser.add_argument(
+        "--others", type=Path, nargs="*", default=[], help="further checkpoints of the same base, by their directory"
+    )
     parser.add_argument("--static-layers", type=int, nargs="*", default=[], help="layers to drop, to compare with")
     parser.add_argument("--output", type=Path, default=RESULTS / "heldout/result.json", help="default: %(default)s")
     return parser.parse_args()
+
+
+def summary(found: Answers, answers: Mapping[str, Answers], counts: Tensor) -> dict[str, float]:
+    """The row of one system; answers: of all."""
+    value, error = perplexity(found.losses, counts)
+    nats, nats_error = mean_per_token(found.divergence, counts)
+    row = {"perplexity": round(value, 3), "standard_error": round(error, 3)}
+    for other in ("dense", "routed"):
+        ratio, paired = perplexity_ratio(found.losses, answers[other].losses, counts)
+        row |= {f"ratio_to_{other}": round(ratio, 4), f"ratio_to_{other}_standard_error": round(paired, 4)}
+    return row | {
+        "kl_to_dense": round(nats, 4),
+        "kl_standard_error": round(nats_error, 4),
+        "same_token": round(mean_per_token(found.same, counts)[0], 4),
+        "sublayers_skipped": round(float(found.skipped.mean()), 3),
+    }
 
 
 def main() -> None:
@@ -45,14 +80,11 @@ def main() -> None:
     if args.static_layers:
         settings = {"version": 1, "granularity": f"{config.target}_static", "layers": args.static_layers}
         systems["static"] = args.model, ModConfig.parse(settings, "--static-layers")
-    quality, losses = {}, {}
-    for name, system in systems.items():
-        losses[name], counts = answer_losses(load_system(*system), tqdm(samples, desc=f"perplexity: {name}"))
-        value, error = perplexity(losses[name], counts)
-        ratio, paired = perplexity_ratio(losses[name], losses["dense"], counts)
-        quality[name] = {"perplexity": round(value, 3), "standard_error": round(error, 3)} | {
-            "ratio_to_dense": round(ratio, 4), "ratio_standard_error": round(paired, 4)
-        }  # fmt: skip
+    systems |= {other.name: (other, None) for other in args.others}
+    models = {name: load_system(*system) for name, system in systems.items()}
+    answers, counts = compare(models, tqdm(samples, desc=f"{len(models)} systems", unit="sample"))
+    del models
+    quality = {name: summary(found, answers, counts) for name, found in answers.items()}
     progress("kept ratio in vLLM")
     prompts = [sample["input_ids"][: sample["prompt_len"]] for sample in samples]
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,65 @@ def answer_losses(model: Any, samples: Iterable[dict[str, Any]]) -> tuple[Tensor
         losses.append(torch.nn.functional.cross_entropy(logits[:-1], labels, ignore_index=IGNORED, reduction="sum"))
         counts.append((labels != IGNORED).sum())
     return torch.stack(losses).double(), torch.stack(counts).double()
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one system makes of the samples' answers, sums over the tokens of each: float64 `[N]`."""
+
+    losses: Tensor
+    #: KL to the first system, nats
+    divergence: Tensor
+    #: tokens whose most likely successor is the first system's
+    same: Tensor
+    #: sublayers that were skipped, not by token
+    skipped: Tensor
+
+
+def compare(systems: Mapping[str, Any], samples: Iterable[dict[str, Any]]) -> tuple[dict[str, Answers], Tensor]:
+    """Of models that the reference runs, sample by sample, and the answers' tokens; the first is what is compared to.
+
+    At sequence level or static: what is skipped is the same for all tokens of an answer.
+    """
+    import torch
+
+    from router_tuning.data import IGNORED
+    from router_tuning.model import reference_logits
+
+    found: dict[str, list[list[float]]] = {name: [] for name in systems}
+    counts = []
+    for sample in samples:
+        labels = torch.tensor(sample["labels"])[1:]
+        answer, first = labels != IGNORED, None
+        for name, model in systems.items():
+            logits = reference_logits(model, sample["input_ids"], sample["prompt_len"])[:-1][answer].log_softmax(-1)
+            first = logits if first is None else first
+            divergence = torch.nn.functional.kl_div(logits, first, reduction="none", log_target=True).sum(-1)
+            row = [
+                -logits.gather(1, labels[answer, None]).double().sum(),
+                divergence.double().sum(),
+                (logits.argmax(-1) == first.argmax(-1)).sum(),
+                _skipped(model),
+            ]
+            found[name].append([float(value) for value in row])
+        counts.append(int(answer.sum()))
+    columns = {name: Answers(*torch.tensor(rows, dtype=torch.float64).T) for name, rows in found.items()}
+    return columns, torch.tensor(counts, dtype=torch.float64)
+
+
+def _skipped(model: Any) -> float:
+    """Sublayers that the last forward skipped."""
+    from router_tuning.model import reference_decisions, routing_of
+
+    config = routing_of(model).config
+    if config.is_static:
+        return float(len(config.layers))
+    return sum(float((~keep).double().mean()) for keep in reference_decisions(model).values())
+
+
+def mean_per_token(sums: Tensor, counts: Tensor) -> tuple[float, float]:
+    """With its standard error, over samples."""
+    return float(sums.sum() / counts.sum()), _spread(sums, counts)
 
 
 def perplexity(losses: Tensor, counts: Tensor) -> tuple[float, float]:

@@ -221,6 +221,10 @@ class FitArguments:
     window: str = field(default="32", metadata={"help": "tokens at the start of a prompt that decide, and always run"})
     target_capacity: float = field(default=0.5, metadata={"help": "kept ratio to set, between 0 and 1"})
     patch_rank: int = field(default=64, metadata={"help": "rank of what stands in for a skipped sublayer; 0: a bias"})
+    static: bool = field(
+        default=False,
+        metadata={"help": "every request skips the same layers, the cheapest: what routers are to be compared with"},
+    )
     measured_samples: int = field(default=128, metadata={"help": "samples whose costs are measured, of --max-samples"})
     max_samples: int = field(default=512, metadata={"help": "samples that patches are fitted on"})
     max_length: int = field(default=512, metadata={"help": "tokens of a sample; longer ones are truncated"})

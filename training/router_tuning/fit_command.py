@@ -11,7 +11,7 @@ from vllm_mod.config import ConfigError, ModConfig
 
 from . import card
 from .arguments import FitArguments, check_output, make_mod_config, parse_window
-from .cost_routers import fit_router, price, saving
+from .cost_routers import RIDGES, fit_router, price, saving
 from .data import calibration_samples, check_sources
 from .export import base_shape
 from .hub import local_model
@@ -86,7 +86,8 @@ def _routers(
 ) -> tuple[ModConfig, dict[int, torch.Tensor]]:
     """The config with its cutoffs, and the routers; says what they are worth."""
     places = [measured.layers.index(layer) for layer in layers]
-    found = [fit_router(measured.inputs[:, place], measured.nats[:, place]) for place in places]
+    ridges = () if args.static else RIDGES  # none is tried: nothing is learned
+    found = [fit_router(measured.inputs[:, place], measured.nats[:, place], ridges) for place in places]
     log_price = price(found, args.target_capacity)
     worth = saving(measured, found, places, log_price)
     for layer, router in zip(layers, found, strict=True):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from router_tuning.cli import main
 from router_tuning.data import tokenize
@@ -67,6 +68,15 @@ def test_it_keeps_what_was_asked_for(
 def test_half_of_the_layers_by_default(base: Path, data: Path, tmp_path: Path) -> None:
     assert main(words(base, data, tmp_path / "c")) == 0
     assert len(read_mod_config(tmp_path / "c").layers) == 2
+
+
+def test_static_is_the_same_for_all(base: Path, data: Path, tmp_path: Path) -> None:
+    arguments = words(base, data, tmp_path / "c", "--layers", "0-3", "--static", "--target-capacity", "0.25")
+    assert main(arguments) == 0
+    config = read_mod_config(tmp_path / "c")
+    assert isinstance(config.cutoff, tuple) and sum(cutoff <= 0 for cutoff in config.cutoff) == 1
+    routers = [w for name, w in load_file(tmp_path / "c/routers.safetensors").items() if name.endswith("router.weight")]
+    assert len(routers) == 4 and not any(weight.any() for weight in routers)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,53 @@
+"""Systems compared answer by answer, on the reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.heldout import summary
+from benchmarks.lib import perplexity
+from router_tuning.model import reference_logits
+from vllm_mod.config import ModConfig
+
+SAMPLES = [
+    {"input_ids": [3, 4, 5, 6, 7], "prompt_len": 2, "labels": [-100, -100, 5, 6, 7]},
+    {"input_ids": [9, 8, 7], "prompt_len": 2, "labels": [-100, -100, 7]},
+]
+
+
+@pytest.fixture(scope="module")
+def systems(tiny_llama_path: Path):
+    def static(target: str, *layers: int):
+        settings = {"version": 1, "granularity": f"{target}_static", "layers": list(layers)}
+        return perplexity.load_system(tiny_llama_path, ModConfig.parse(settings, "test"))
+
+    dense = perplexity.load_system(tiny_llama_path, perplexity.dense_config(tiny_llama_path))
+    return {"dense": dense, "routed": static("attn", 2, 5), "blocks": static("block", 1)}
+
+
+def test_each_is_compared_with_the_first(systems):
+    found, counts = perplexity.compare(systems, SAMPLES)
+    assert counts.tolist() == [3, 1]
+    for name, model in systems.items():
+        losses, _ = perplexity.answer_losses(model, SAMPLES)
+        assert torch.allclose(found[name].losses, losses, atol=1e-5)
+    assert found["dense"].divergence.abs().max() < 1e-6 and torch.equal(found["dense"].same, counts)
+    dense, routed = (reference_logits(systems[n], [9, 8, 7], 2)[1].log_softmax(-1) for n in ("dense", "routed"))
+    assert found["routed"].divergence[1].item() == pytest.approx(
+        (dense.exp() * (dense - routed)).sum().item(), abs=1e-6
+    )
+    assert found["routed"].same[1] == (dense.argmax() == routed.argmax())
+    assert [found[n].skipped.tolist() for n in systems] == [[0, 0], [2, 2], [1, 1]]
+
+
+def test_a_row_per_system(systems):
+    answers, counts = perplexity.compare(systems, SAMPLES)
+    rows = {name: summary(found, answers, counts) for name, found in answers.items()}
+    assert rows["dense"]["ratio_to_dense"] == 1 and rows["routed"]["ratio_to_routed"] == 1
+    assert rows["blocks"]["ratio_to_routed"] == pytest.approx(
+        rows["blocks"]["perplexity"] / rows["routed"]["perplexity"], rel=1e-3
+    )
+    assert rows["routed"]["kl_to_dense"] > 0 and 0 <= rows["routed"]["same_token"] <= 1
