@@ -140,7 +140,7 @@ class Environment:
                     link(str(entry), str(target))
 
     def _copy_scripts(self, directory: Path, before: Path) -> None:
-        for script in directory.iterdir():
+        for script in filter(Path.is_file, directory.iterdir()):
             target = self.path / "bin" / script.name
             with script.open("rb") as file:
                 is_script = file.read(2) == b"#!"

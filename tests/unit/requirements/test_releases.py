@@ -30,6 +30,7 @@ def test_beside_the_locks_environment_only_what_differs_is_installed(project):
     (project.venv / "lib/big.so").write_text("library")
     (project.venv / "bin/tool").write_text(f"#!{project.venv}/bin/python\n")
     (project.venv / "bin/tool").chmod(0o755)
+    (project.venv / "bin/__pycache__").mkdir()
     before = {path: text for path, text in project.state().items() if path.startswith(".venv/")}
     status, out, err = project.setup("--vllm", "0.31.0", venv=".venv-0.31")
     assert (status, err) == (0, "")
