@@ -33,7 +33,7 @@ setup: ## make .venv with the CPU environment of requirements/cpu.txt
 	$(if $(ELSEWHERE),@ln -sfn $(VENV) $(notdir $(VENV)))
 
 .PHONY: demo
-demo: setup ## train routers, serve them with vLLM, ask for an answer, show what was skipped
+demo: setup ## tune routers for a real model, serve it dense and routed, ask both, show what was skipped
 	$(BIN)/python demo/run.py $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)')
 
 .PHONY: test

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from router_tuning.hub import local_model
 from vllm_mod.checkpoint import read_mod_config
 from vllm_mod.config import ModConfig
 
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.heldout", description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="what `router-tuning train` wrote")
-    parser.add_argument("--model", type=Path, required=True, help="its base model")
+    parser.add_argument("--model", required=True, help="its base model: a directory, a hub name, or smollm2")
     parser.add_argument("--data", nargs="+", required=True, help="files whose last part was held out in training")
     parser.add_argument("--fraction", type=float, default=0.02, help="held-out part of a file (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=200, help="held-out samples (default: %(default)s)")
@@ -71,6 +72,7 @@ def summary(found: Answers, answers: Mapping[str, Answers], counts: Tensor) -> d
 
 def main() -> None:
     args = arguments()
+    args.model = local_model(args.model)
     config = read_mod_config(args.checkpoint)
     samples = held_out(args)
     systems: dict[str, tuple[Path, ModConfig | None]] = {

@@ -1,4 +1,4 @@
-"""The whole path on this machine: train routers, look at them, serve them, ask, and show what was skipped.
+"""The whole path on this machine: fit routers, look at them, serve dense and routed, ask both, show what was skipped.
 
 Run by `make demo`; every command it uses is printed, and can be repeated by hand.
 """
@@ -6,6 +6,7 @@ Run by `make demo`; every command it uses is printed, and can be repeated by han
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -15,6 +16,9 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +30,15 @@ from tests.support.server import Server, ServerError, serve  # noqa: E402
 
 OUTPUT = ROOT / ".demo"
 BIN = Path(sys.executable).parent
-QUESTION = "Give three tips for staying healthy."
-REQUESTS = 32
+CHECKPOINT = OUTPUT / "checkpoint"
+#: SmolLM2-135M-Instruct, which pip brings, and routers for it.
+MODEL, ROUTERS = "smollm2", HERE / "routers"
+QUESTIONS = (
+    "Give three tips for staying healthy, and say for each of them in one sentence why it helps.",
+    "What is the capital of France, and what is it known for? Answer in two short sentences, please.",
+    "Write a Python function that returns the mean of a list of numbers, with a docstring and type hints.",
+)
+REQUESTS = 16
 
 
 class DemoError(RuntimeError):
@@ -45,11 +56,28 @@ def command(*words: str | Path) -> None:
     subprocess.run([str(BIN / name), *rest], check=True, cwd=ROOT)
 
 
-def train(model: str, data: str, checkpoint: Path) -> None:
-    say("1/4 Train routers (every other parameter is frozen)")
-    options = ["--granularity", "attn_sequence", "--target-capacity", "0.5"]
-    options += ["--max-train-samples", "1536", "--max-length", "256"]  # minutes on two cores
-    command("router-tuning", "train", "--model", model, "--data", data, "--output", _short(checkpoint), *options)
+def tune(model: str, data: str, checkpoint: Path) -> None:
+    """A small run, so that it takes a minute or two; the routers that are served come with the demo, if it has some."""
+    options = ["--max-samples", "24", "--measured-samples", "16", "--max-length", "128", "--patch-rank", "8"]
+    command("router-tuning", "fit", "--model", model, "--data", data, "--output", _short(checkpoint), *options)
+
+
+def routed_checkpoint(model: str, data: str) -> Path:
+    """What will be served: the demo's own routers on its own model, else what a minute of tuning gives."""
+    say("1/5 Find layers that can be spared, fit routers and patches (all other weights stay as they are)")
+    tune(model, data, tuned := OUTPUT / "tuned")
+    if model != MODEL:
+        return tuned
+    say("2/5 Serve the routers that come with the demo: fitted by the same command on twenty times the data")
+    command("router-tuning", "export", "--model", model, "--routers", _short(ROUTERS), "--output", _short(CHECKPOINT))
+    return CHECKPOINT
+
+
+def base_directory(model: str) -> Path:
+    """Where the base model lies, which is here by now."""
+    from router_tuning.hub import local_model
+
+    return local_model(model)
 
 
 def show_log(log: Path, granularity: str) -> None:
@@ -77,10 +105,18 @@ def held_out_prompts(data: str) -> list[str]:
         prompt = first.get("content") if first.get("role") == "user" else row.get("prompt")
         if isinstance(prompt, str) and 0 < len(prompt) < 1000:
             prompts.append(prompt)
-    return prompts[:REQUESTS] or [QUESTION]
+    return prompts[:REQUESTS] or list(QUESTIONS)
 
 
-def ask(server: Server, prompt: str, chat: bool, max_tokens: int) -> str:
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    tokens: int
+    #: of the routed layers, how many this request kept; None if the model has no routers
+    kept: float | None
+
+
+def ask(server: Server, prompt: str, chat: bool, max_tokens: int) -> Answer:
     """A greedy answer over the OpenAI API: chat where the tokenizer has a template."""
     body: dict[str, Any] = {"model": "demo", "max_tokens": max_tokens, "temperature": 0}
     body |= {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
@@ -89,9 +125,29 @@ def ask(server: Server, prompt: str, chat: bool, max_tokens: int) -> str:
         data=json.dumps(body).encode(),
         headers={"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=300) as answer:
-        choice = json.load(answer)["choices"][0]
-    return choice["message"]["content"] if chat else choice["text"]
+    with urllib.request.urlopen(request, timeout=300) as response:
+        answer = json.load(response)
+    choice = answer["choices"][0]
+    text = choice["message"]["content"] if chat else choice["text"]
+    about = (answer.get("kv_transfer_params") or {}).get("mod") or {}
+    return Answer(text.strip(), answer["usage"]["completion_tokens"], about.get("kept_ratio"))
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one server said to all questions."""
+
+    shown: list[Answer]
+    tokens_per_second: float
+
+
+def ask_all(server: Server, prompts: list[str], chat: bool) -> Answers:
+    """The shown questions one by one, the held-out ones together."""
+    shown = [ask(server, question, chat, 60) for question in QUESTIONS]
+    start = time.monotonic()
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        answers = list(pool.map(lambda prompt: ask(server, prompt, chat, 32), prompts))
+    return Answers(shown, sum(answer.tokens for answer in answers) / (time.monotonic() - start))
 
 
 def counters(server: Server) -> dict[int, tuple[float, float]]:
@@ -106,6 +162,14 @@ def counters(server: Server) -> dict[int, tuple[float, float]]:
                 found[sample.name][layer] = found[sample.name].get(layer, 0) + sample.value
     kept, routed = found.values()
     return {layer: (kept.get(layer, 0), total) for layer, total in sorted(routed.items())}
+
+
+def counter(server: Server, name: str) -> float:
+    """The sum of one counter of /metrics; 0 where it is not."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    families = text_string_to_metric_families(server.get("/metrics"))
+    return sum(sample.value for family in families for sample in family.samples if sample.name == name)
 
 
 def show_kept(before: dict[int, tuple[float, float]], after: dict[int, tuple[float, float]]) -> None:
@@ -124,30 +188,52 @@ def show_kept(before: dict[int, tuple[float, float]], after: dict[int, tuple[flo
         print(f"{layer:<5}  {kept:>4g} / {routed:<6g}  {ratio:>5.2f}  {'#' * round(20 * ratio)}")
 
 
-def serve_and_ask(checkpoint: Path, prompts: list[str]) -> None:
-    say("3/4 Serve it (no option is about routing: the checkpoint says what is routed)")
+def show_answers(dense: Answers, routed: Answers) -> None:
+    """Side by side."""
+    for question, before, after in zip(QUESTIONS, dense.shown, routed.shown, strict=True):
+        kept = "" if after.kept is None else f" (kept {after.kept:.2f} of the routed layers)"
+        print(f"Q: {question}\n  dense:  {_in_one_line(before.text)}\n  routed: {_in_one_line(after.text)}{kept}\n")
+
+
+def _in_one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+@contextlib.contextmanager
+def served(checkpoint: Path, log: str) -> Iterator[Server]:
     config = json.loads((checkpoint / "config.json").read_text())
     longest = str(min(1024, config["max_position_embeddings"]))
     flags = ["--served-model-name", "demo", "--max-model-len", longest, "--kv-cache-memory-bytes", str(256 << 20)]
     flags += ["--enforce-eager"]  # a quicker start, and no C++ compiler needed
     env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
-    print("$", shlex.join(["vllm", "serve", _short(checkpoint), *flags]), f"   # log: {_short(OUTPUT)}/serve.log")
+    print("$", shlex.join(["vllm", "serve", _short(checkpoint), *flags]), f"   # log: {_short(OUTPUT)}/{log}")
     print("waiting for /health, about a minute ...", flush=True)
     start = time.monotonic()
-    with serve(checkpoint, *flags, log=OUTPUT / "serve.log", env=env, timeout=420) as server:
-        print(f"healthy after {time.monotonic() - start:.0f} s at {server.url}")
-        show_log(server.log, config["mod_config"]["granularity"])
-        say("4/4 Ask, and show what was skipped")
-        chat = has_chat_template(checkpoint)
-        before = counters(server)
-        print(f"Q: {QUESTION}\nA: {ask(server, QUESTION, chat, 60).strip()}\n")
-        print(
-            f"{len(prompts)} held-out questions of the training data, so that the ratio says something ...", flush=True
-        )
-        for prompt in prompts:
-            ask(server, prompt, chat, 8)
-        show_kept(before, counters(server))
+    with serve(checkpoint, *flags, log=OUTPUT / log, env=env, timeout=420) as server:
+        print(f"healthy after {time.monotonic() - start:.0f} s at {server.url}", flush=True)
+        yield server
     print("server stopped")
+
+
+def serve_and_ask(base: Path, checkpoint: Path, prompts: list[str]) -> None:
+    chat = has_chat_template(checkpoint)
+    say("4/5 Serve the base model as it is, and ask")
+    with served(base, "dense.log") as server:
+        dense = ask_all(server, prompts, chat)
+    say("5/5 Serve the routed checkpoint (no option is about routing), ask the same, and show what was skipped")
+    with served(checkpoint, "routed.log") as server:
+        show_log(server.log, json.loads((checkpoint / "config.json").read_text())["mod_config"]["granularity"])
+        before = counters(server)
+        routed = ask_all(server, prompts, chat)
+        after, freed = counters(server), counter(server, "vllm:mod_kv_pages_freed_total")
+    print()
+    show_answers(dense, routed)
+    show_kept(before, after)
+    print(f"KV pages that skipped layers gave back: {freed:g}")
+    print(
+        f"{len(prompts)} held-out questions at once: {dense.tokens_per_second:.0f} tokens/s dense, "
+        f"{routed.tokens_per_second:.0f} routed (one small run; benchmarks/ measures speed)"
+    )
 
 
 def _short(path: Path) -> str:
@@ -156,7 +242,7 @@ def _short(path: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=_short(HERE / "model"), help="local directory or hub name of a Llama")
+    parser.add_argument("--model", default=MODEL, help="local directory or hub name of a supported model")
     parser.add_argument("--data", default=_short(HERE / "data.jsonl.gz"), help="instruction data: a file or hub name")
     args = parser.parse_args()
     os.chdir(ROOT)
@@ -166,12 +252,11 @@ def main() -> int:
     start = time.monotonic()
     shutil.rmtree(OUTPUT, ignore_errors=True)
     OUTPUT.mkdir()
-    checkpoint = OUTPUT / "checkpoint"
     try:
-        train(args.model, args.data, checkpoint)
-        say("2/4 What the checkpoint routes")
+        checkpoint = routed_checkpoint(args.model, args.data)
+        say("3/5 What the checkpoint routes")
         command("vllm-mod", "inspect", _short(checkpoint))
-        serve_and_ask(checkpoint, held_out_prompts(args.data))
+        serve_and_ask(base_directory(args.model), checkpoint, held_out_prompts(args.data))
     except subprocess.CalledProcessError as error:
         print(f"demo: {Path(error.cmd[0]).name} failed with status {error.returncode}", file=sys.stderr)
         return 1

@@ -48,4 +48,12 @@ def test_questions_come_from_the_rows_that_training_holds_out(tmp_path):
     data.write_text("\n".join(map(json.dumps, chats)))
     assert run.held_out_prompts(str(data)) == ["q96", "q97"]
     data.write_text(json.dumps({"text": "no question"}))
-    assert run.held_out_prompts(str(data)) == [run.QUESTION]
+    assert run.held_out_prompts(str(data)) == list(run.QUESTIONS)
+
+
+def test_answers_are_shown_side_by_side(capsys):
+    dense = run.Answers([run.Answer("Drink\n water.", 3, None)] * 3, 10.0)
+    routed = run.Answers([run.Answer("Drink.", 2, 0.25)] * 3, 12.0)
+    run.show_answers(dense, routed)
+    said = capsys.readouterr().out
+    assert said.count("dense:  Drink water.\n") == said.count("routed: Drink. (kept 0.25 of the routed layers)") == 3
