@@ -7,11 +7,11 @@ Weights and tokens are random, the step is RouterTrainer's own. Both ways train 
 times after a warm-up; figures are medians, spread is (max - min) / median. The last line is
 
   {"shape", "samples_per_s": {...}, "spread": {...}, "seconds_for_5000_samples": {...}, "peak_memory_gib": {...},
-   "speedup", "speedup_in_cpu_time", "not_significant"}
+   "tflop_per_sample": {...}, "speedup", "speedup_in_cpu_time", "not_significant"}
 
-where peak memory is the allocator's on CUDA and the process's on a CPU, weights included. Seconds are those of the
-clock; CPU time is what to read where other work runs on the same CPU. An 8B model on one GPU of
-80 GB, in bf16 (as every CUDA run):
+where FLOPs are those of matrix products and attention, forward and backward, counted in the warm-up, and peak memory is
+the allocator's on CUDA and the process's on a CPU, weights included. Seconds are those of the clock; CPU time is what to
+read where other work runs on the same CPU. An 8B model on one GPU of 80 GB, in bf16 (as every CUDA run):
 
   python -m benchmarks.training --shape llama3-8b --batch 4 --length 1024 --steps 20
 """
@@ -155,20 +155,27 @@ def peak_memory() -> Callable[[], float]:
     return peak
 
 
-def measure(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+def measure(args: argparse.Namespace) -> tuple[dict[str, list[dict[str, float]]], dict[str, float]]:
+    """The runs of each way, and its FLOPs per sample."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    flops: dict[str, float] = {}
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as directory:
         model = random_model(args, Path(directory) / "base")
         for repeat in range(args.repeats + 1):
             for way in WAYS[:: 1 if repeat % 2 else -1]:  # nobody always goes first
                 scope = recording_from_the_embeddings(model) if way == "full" else contextlib.nullcontext()
-                with scope:
+                counter = None if repeat else FlopCounterMode(display=False)
+                with scope, counter or contextlib.nullcontext():
                     result = train(model, args, Path(directory) / "run")
+                if counter is not None:
+                    flops[way] = counter.get_total_flops() / result["samples"]
                 title = f"repeat {repeat}" if repeat else "warm-up"
                 progress(f"{title} {way}: {result['samples'] / result['seconds']:.2f} samples/s")
                 if repeat:
                     runs[way].append(result)
-    return runs
+    return runs, flops
 
 
 def compared(runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
@@ -191,12 +198,13 @@ def compared(runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
 
 def main() -> None:
     args = arguments()
-    runs = measure(args)
+    runs, flops = measure(args)
     keys = ("shape", "granularity", "routed", "batch", "length", "gradient_checkpointing")
     result = {key: getattr(args, key) for key in keys} | compared(runs)
+    result["tflop_per_sample"] = {way: round(value / 1e12, 6) for way, value in flops.items()}
     record = {"command": command("training"), "machine": machine(), "sizes": SHAPES[args.shape], "result": result}
     write_json(args.output, record | {"runs": runs})
-    columns = ("samples_per_s", "spread", "seconds_for_5000_samples", "peak_memory_gib")
+    columns = ("samples_per_s", "spread", "seconds_for_5000_samples", "peak_memory_gib", "tflop_per_sample")
     progress(markdown_table(["", *columns], [[way, *(result[c][way] for c in columns)] for way in WAYS]))
     print(json.dumps(result))
 

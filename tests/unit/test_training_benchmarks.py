@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import capacity, training
+from benchmarks.lib.shapes import SHAPES
 
 
 def args(**changes: Any) -> argparse.Namespace:
@@ -36,10 +37,13 @@ def test_the_two_ways_differ_in_what_autograd_records(tmp_path: Path) -> None:
 
 
 def test_a_run_of_each_way_is_measured() -> None:
-    runs = training.measure(args())
+    runs, flops = training.measure(args())
     for found in runs.values():
         assert [r["samples"] for r in found] == [1.0]
         assert all(r["seconds"] > 0 and r["cpu_seconds"] > 0 and r["peak_gib"] > 0 for r in found)
+    sizes, tokens = SHAPES["tiny"], 8
+    mlps = 3 * sizes["hidden_size"] * sizes["intermediate_size"] * sizes["num_hidden_layers"]
+    assert flops["full"] > flops["trunk"] > 2 * tokens * mlps  # no backward pass through the trunk
 
 
 def test_a_difference_within_the_spread_is_called_that() -> None:
