@@ -10,8 +10,8 @@ times after a warm-up; figures are medians, spread is (max - min) / median. The 
    "tflop_per_sample": {...}, "speedup", "speedup_in_cpu_time", "not_significant"}
 
 where FLOPs are those of matrix products and attention, forward and backward, counted in the warm-up, and peak memory is
-the allocator's on CUDA and the process's on a CPU, weights included. Seconds are those of the clock; read CPU time where
-other work runs on the same CPU. An 8B model on one GPU of 80 GB, in bf16 (as every CUDA run):
+the allocator's on CUDA and the process's on a CPU, weights included. Seconds are the clock's; read CPU time where other
+work runs on the same CPU. An 8B model on one GPU of 80 GB, in bf16 (as every CUDA run):
 
   python -m benchmarks.training --shape llama3-8b --batch 4 --length 1024 --steps 20
 """
