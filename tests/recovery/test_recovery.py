@@ -4,7 +4,7 @@ One YAML file beside this one per case. Recovery is relative to the base model i
 samples, and 1 means that nothing is lost: the quotient of perplexities (base / routed) for `heldout`, of accuracies
 (routed / base) for each task of `quality`, and `mean` of them.
 
-    base: demo/model                 a directory, from the project's root
+    base: demo/model                 a directory, from the project's root, or smollm2
     train: {data: [...], seed: 0}    flags of `router-tuning train`; or `routers: DIR`, routers that are there already
     measure: {benchmark: heldout}    and its flags, without CKPT, --model and --output
     kept: [0.4, 0.6]                 where the engine's kept ratio must lie: routers that keep all lose nothing
@@ -21,6 +21,9 @@ from typing import Any, Literal
 import pytest
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from router_tuning import real_model
+from vllm_mod.config import ConfigError
 
 ROOT = Path(__file__).parents[2]
 CASES = sorted(Path(__file__).parent.glob("*.yaml"))
@@ -86,6 +89,11 @@ def run(*command: str | Path) -> str:
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 def test_recovery(path: Path, tmp_path: Path) -> None:
     case = Case.model_validate(yaml.safe_load(path.read_text()))
+    if case.base in real_model.MODELS:
+        try:
+            real_model.fetch(case.base)
+        except ConfigError as error:
+            pytest.skip(str(error))
     checkpoint = tmp_path / "checkpoint"
     make = ["train", *words(case.train)] if case.train else ["export", "--routers", case.routers]
     run("-m", "router_tuning", *make, "--model", case.base, "--output", checkpoint)

@@ -31,7 +31,7 @@ class CostRouter:
     weight: Tensor
     #: a_l: what the log of the cost is where the score is 0
     offset: float
-    #: float64 `[N]`: log of the cost of each sample, predicted by a fit that had not seen it
+    #: float64 `[N]`: log of the cost of each sample, predicted by a fit that had not seen it, or the mean of all
     predicted: Tensor
     #: share of the variance of the log costs that is predicted so
     explained: float
@@ -46,7 +46,8 @@ def fit_router(inputs: Tensor, nats: Tensor, ridges: Sequence[float] = RIDGES) -
     values, vectors = torch.linalg.eigh(gram)
     unit = values.clamp(min=0).mean()
     alone = target * number / (number - 1)  # the mean of the others is as good a guess as any
-    best, weight, left = float(alone.square().sum()), torch.zeros_like(mean_x), alone
+    # What the mean predicts is the same for all, so that such a layer is kept by all or by none.
+    best, weight, left = float(alone.square().sum()), torch.zeros_like(mean_x), target
     for ridge in ridges if unit > 0 else ():
         shrunk = values.clamp(min=0) / (values.clamp(min=0) + ridge * unit)
         hat = (vectors * shrunk) @ vectors.T + 1.0 / number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -70,9 +71,13 @@ def test_half_of_the_layers_by_default(base: Path, data: Path, tmp_path: Path) -
     assert len(read_mod_config(tmp_path / "c").layers) == 2
 
 
-def test_static_is_the_same_for_all(base: Path, data: Path, tmp_path: Path) -> None:
+def test_static_is_the_same_for_all(base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = words(base, data, tmp_path / "c", "--layers", "0-3", "--static", "--target-capacity", "0.25")
     assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert sorted(re.findall(r"kept by (\S+) of the requests", said)) == ["0.00", "0.00", "0.00", "1.00"]
+    costs = re.search(r"themselves: (\S+) routed, (\S+) the same", said)
+    assert costs is not None and costs[1] == costs[2]
     config = read_mod_config(tmp_path / "c")
     assert isinstance(config.cutoff, tuple) and sum(cutoff <= 0 for cutoff in config.cutoff) == 1
     routers = [w for name, w in load_file(tmp_path / "c/routers.safetensors").items() if name.endswith("router.weight")]
