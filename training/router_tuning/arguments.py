@@ -227,6 +227,11 @@ class FitArguments:
     )
     measured_samples: int = field(default=128, metadata={"help": "samples whose costs are measured, of --max-samples"})
     max_samples: int = field(default=512, metadata={"help": "samples that patches are fitted on"})
+    distilled_samples: int = field(
+        default=0,
+        metadata={"help": "samples, of --max-samples, on which the fitted patches are then brought nearer to the dense "
+                  "model's predictions; 0: none"},
+    )  # fmt: skip
     max_length: int = field(default=512, metadata={"help": "tokens of a sample; longer ones are truncated"})
     eval_fraction: float = field(
         default=0.02, metadata={"help": "leave out the last part of every file, for evaluation; 0: all rows"}

@@ -13,6 +13,7 @@ from . import card
 from .arguments import FitArguments, check_output, make_mod_config, parse_window
 from .cost_routers import RIDGES, fit_router, price, saving
 from .data import calibration_samples, check_sources
+from .distill import distill
 from .export import base_shape
 from .hub import local_model
 from .interrupt import deferred
@@ -21,6 +22,7 @@ from .model import attach_routers, load_base
 from .patch_record import PATCHES_FILE, PatchRecord
 from .patches import check_rank, collate, fit_patches, with_patch
 from .preflight import check_vocabulary, check_writable
+from .routing import routing_of
 from .selection import Measured, cheaper_half, every_layer, measure, report
 
 #: Fewer say nothing about how requests differ.
@@ -54,10 +56,14 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
     attach_routers(model, config, routers)
     batches = collate(samples, config, args.patch_rank, 16, ", ".join(args.data))
     fitted = fit_patches(model, batches, args.patch_rank, place)
+    patches = {layer: found.patch for layer, found in fitted.items()}
+    if args.distilled_samples:
+        found = distill(model, samples[: args.distilled_samples])
+        print(f"KL to the dense model on held-out answers: {found.before:.4f} as fitted, {found.after:.4f} distilled")
+        patches = {layer: patch.tensors() for layer, patch in routing_of(model).patches.items()}
     command = next(iter(records["train_command.txt"].splitlines()))
     record = PatchRecord.of(fitted, args.patch_rank, command, args.data, len(samples), counts.to_dict())
     record.report()
-    patches = {layer: found.patch for layer, found in fitted.items()}
     with deferred():
         output = write_checkpoint(
             base,

@@ -71,6 +71,20 @@ def test_half_of_the_layers_by_default(base: Path, data: Path, tmp_path: Path) -
     assert len(read_mod_config(tmp_path / "c").layers) == 2
 
 
+def test_patches_are_distilled_where_that_is_asked_for(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = []
+    for more in ([], ["--distilled-samples", "40"]):
+        assert main(words(base, data, tmp_path / f"c{len(more)}", *more)) == 0
+        written.append(load_file(tmp_path / f"c{len(more)}/routers.safetensors"))
+    said = re.search(r"answers: (\S+) as fitted, (\S+) distilled", capsys.readouterr().out)
+    assert said is not None and float(said[2]) <= float(said[1])
+    assert written[0].keys() == written[1].keys()
+    changed = {name for name in written[0] if not torch.equal(written[0][name], written[1][name])}
+    assert all("patch" in name for name in changed) and bool(changed) == (said[1] != said[2])
+
+
 def test_static_is_the_same_for_all(base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = words(base, data, tmp_path / "c", "--layers", "0-3", "--static", "--target-capacity", "0.25")
     assert main(arguments) == 0
