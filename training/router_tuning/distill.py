@@ -44,8 +44,8 @@ class Distilled:
 def distill(model: Any, samples: Sequence[Mapping[str, Any]], rate: float = RATE, quiet: bool = False) -> Distilled:
     """One pass over `samples`, but for every tenth: these say whether it helped; if not, patches stay as they were.
 
-    model: routed, not static, in evaluation mode, with patches; its parameters are frozen. Costs about three forward passes. Raises ConfigError
-    where a loss is not finite.
+    model: routed, not static, in evaluation mode, with patches; its parameters are frozen. Costs about three forward
+    passes. Raises ConfigError where a loss is not finite.
     """
     state = routing_of(model)
     model.requires_grad_(False)
