@@ -5,6 +5,7 @@
   mod     the routed checkpoint at `--kept`: thresholds 0 and 1 per layer, every request skips the same layers; with
           --mixed random routers with calibrated thresholds: in every layer that share of the requests keeps it
   static  as many layers dropped for good: what skipping can give at best
+  patched mod with patches of rank --patch-rank, where that is given
 
 Weights are random ("dummy"): no speed depends on them. All engines are up, each in a process, and take turns step by
 step (`--alone`: one engine at a time, where they do not fit together), `--repeats` times.
@@ -20,8 +21,8 @@ step (`--alone`: one engine at a time, where they do not fit together), `--repea
     python -m benchmarks.throughput --shape llama3-8b --alone --requests 1 --prompt 1024 --output-len 256
 
 The last line is {"workload", "tokens_per_s", "spread", "kept_ratio", "overhead", "speedup", "fraction_of_static",
-"ceiling", "not_significant", "notes"}. Ratios are medians of the ratios of single repeats; spread is their (max - min)
-/ median; a ratio whose repeats lie on both sides of 1 is "not significant".
+"ceiling", "patches", "not_significant", "notes"}. Ratios are medians of the ratios of single repeats; spread is their
+(max - min) / median; a ratio whose repeats lie on both sides of 1 is "not significant".
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ RATIOS = {
     "speedup": ("mod", "stock"),
     "fraction_of_static": ("mod", "static"),
     "ceiling": ("static", "stock"),
+    "patches": ("patched", "mod"),
 }
 
 
@@ -61,6 +63,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--caching", action="store_true", help="prefix caching and chunked prefill on in all engines; needs --window"
     )
+    parser.add_argument("--patch-rank", type=int, help="measure patches of this rank, too")
     parser.add_argument("--mixed", action="store_true", help="each request skips layers of its own")
     parser.add_argument("--sweep", choices=("prompt", "kept", "requests"), help="repeat for each of --values, and plot")
     parser.add_argument("--values", type=float, nargs="+", default=[], help="of --sweep")
@@ -82,6 +85,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--prompt {prompt:g} and --output-len: {args.shape} has {positions(args.shape)} positions")
     if args.caching and args.window is None:
         parser.error("--caching: a decision over the whole prompt cannot cache prefixes; give --window as well")
+    if args.patch_rank is not None and args.mixed:
+        parser.error("--patch-rank: not with --mixed, whose thresholds are calibrated for `mod`")
     if "stock" not in args.systems:
         parser.error("--systems: everything is compared with 'stock'")
     for kept in args.values if args.sweep == "kept" else [args.kept]:
@@ -107,7 +112,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         routed = routed_layers(SHAPES[args.shape]["num_hidden_layers"], args.routed)
         systems = four_systems(
-            Path(directory), SHAPES[args.shape], args.granularity, routed, args.kept, args.mixed, args.window
+            Path(directory), SHAPES[args.shape], args.granularity, routed, args.kept, args.mixed, args.window,
+            args.patch_rank,
         )  # fmt: skip
         systems = {name: system for name, system in systems.items() if name in args.systems}
         for group in [[name] for name in systems] if args.alone else [list(systems)]:

@@ -82,12 +82,15 @@ def routed_config(
     layers: Sequence[int],
     threshold: Sequence[float] | float | None = None,
     window: int | None = None,
+    patch_rank: int | None = None,
 ) -> Path:
     """The routed counterpart of `base`; thresholds 0 and 1 make every decision known beforehand."""
     config = json.loads((base / "config.json").read_text())
     settings: dict[str, Any] = {"version": 1, "granularity": granularity, "layers": list(layers)}
     if window is not None:
         settings |= {"version": 2, "window": window}
+    if patch_rank is not None:
+        settings |= {"version": 2, "patch": {"rank": patch_rank}}
     if threshold is not None:
         settings["threshold"] = threshold
     mod = ModConfig.parse(settings, "benchmark")

@@ -27,7 +27,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 #: stock: the plain architecture. keep: routed, `force: keep`. mod: routed. static: as many layers dropped for good.
-SYSTEMS = ("stock", "keep", "mod", "static")
+#: patched: mod with patches, where these are asked for.
+SYSTEMS = ("stock", "keep", "mod", "static", "patched")
 
 
 def positions(shape: str) -> int:
@@ -62,6 +63,7 @@ def four_systems(
     kept: float,
     mixed: bool,
     window: int | None = None,
+    patch_rank: int | None = None,
 ) -> dict[str, tuple[Path, dict[str, Any] | None]]:
     """System -> (checkpoint without weights, engine knobs). `mixed`: thresholds are left for `Engine.thresholds`."""
     base = llama_config(directory / "base", **shape)
@@ -74,4 +76,7 @@ def four_systems(
     if skipped:
         static = granularity.split("_")[0] + "_static"
         systems["static"] = routed_config(directory / "static", base, static, skipped), None
+    if patch_rank is not None:
+        patched = routed_config(directory / "patched", base, granularity, routed, threshold, window, patch_rank)
+        systems["patched"] = patched, {}
     return systems

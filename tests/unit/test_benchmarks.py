@@ -69,6 +69,7 @@ def test_scheduler_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         (kv_capacity, ["--skip-share", "0.7"]),
         (throughput, ["--kept", "0.3"]),  # 8 routed layers
         (throughput, ["--kept", "1.5"]),
+        (throughput, ["--patch-rank", "8", "--mixed"]),
         (throughput, ["--routed", "16"]),
         (scaling, ["--routed", "3"]),
         (scaling, ["--context", "40000"]),
