@@ -146,7 +146,8 @@ def measure(args: argparse.Namespace, record: dict[str, Any]) -> dict[str, Any]:
         for system in [name for name in SYSTEMS if name in args.systems]:
             progress(f"starting {system}")
             checkpoint, flags = systems[system]
-            with serve(checkpoint, *server_flags(args), *flags, log=directory / f"{system}.log", timeout=600) as server:
+            log, env = directory / f"{system}.log", {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+            with serve(checkpoint, *server_flags(args), *flags, log=log, env=env, timeout=600) as server:
                 at_once = ask(server, args, float("inf"), directory)
                 if system == "stock":
                     result["saturation_rps"] = at_once["requests_per_s"]
