@@ -99,7 +99,7 @@ def server_flags(args: argparse.Namespace) -> list[str]:
 
 def ask(server: Server, args: argparse.Namespace, rate: float, directory: Path) -> dict[str, Any]:
     """What `vllm bench serve` finds at this rate, in requests per second."""
-    found, before = directory / "found.json", metrics(server)
+    found, before = directory / "found.json", server.totals()
     words = {
         "backend": "vllm", "base-url": server.url, "model": "model", "tokenizer": TOKENIZER, "dataset-name": "random",
         "random-input-len": args.prompt, "random-output-len": args.output_len, "random-range-ratio": "0.5",
@@ -113,7 +113,7 @@ def ask(server: Server, args: argparse.Namespace, rate: float, directory: Path) 
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"vllm bench serve: status {done.returncode}: {done.stderr[-2000:]}")
-    result, after = json.loads(found.read_text()), metrics(server)
+    result, after = json.loads(found.read_text()), server.totals()
     assert result["completed"] == args.requests, result
     changed = {name: after.get(name, 0) - before.get(name, 0) for name in after}
     routed = changed.get("vllm:mod_routed_total", 0)
@@ -125,17 +125,6 @@ def ask(server: Server, args: argparse.Namespace, rate: float, directory: Path) 
         "preemptions": int(changed["vllm:num_preemptions_total"]),
         "kept_ratio": round(changed["vllm:mod_kept_total"] / routed, 4) if routed else None,
     }
-
-
-def metrics(server: Server) -> dict[str, float]:
-    """Sums over labels of what /metrics counts."""
-    from prometheus_client.parser import text_string_to_metric_families
-
-    totals: dict[str, float] = {}
-    for family in text_string_to_metric_families(server.get("/metrics")):
-        for sample in family.samples:
-            totals[sample.name] = totals.get(sample.name, 0) + sample.value
-    return totals
 
 
 def measure(args: argparse.Namespace, record: dict[str, Any]) -> dict[str, Any]:

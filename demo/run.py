@@ -164,14 +164,6 @@ def counters(server: Server) -> dict[int, tuple[float, float]]:
     return {layer: (kept.get(layer, 0), total) for layer, total in sorted(routed.items())}
 
 
-def counter(server: Server, name: str) -> float:
-    """The sum of one counter of /metrics; 0 where it is not."""
-    from prometheus_client.parser import text_string_to_metric_families
-
-    families = text_string_to_metric_families(server.get("/metrics"))
-    return sum(sample.value for family in families for sample in family.samples if sample.name == name)
-
-
 def show_kept(before: dict[int, tuple[float, float]], after: dict[int, tuple[float, float]]) -> None:
     """The table of kept ratios between two readings of the counters."""
     rows = {}
@@ -225,7 +217,7 @@ def serve_and_ask(base: Path, checkpoint: Path, prompts: list[str]) -> None:
         show_log(server.log, json.loads((checkpoint / "config.json").read_text())["mod_config"]["granularity"])
         before = counters(server)
         routed = ask_all(server, prompts, chat)
-        after, freed = counters(server), counter(server, "vllm:mod_kv_pages_freed_total")
+        after, freed = counters(server), server.totals().get("vllm:mod_kv_pages_freed_total", 0)
     print()
     show_answers(dense, routed)
     show_kept(before, after)

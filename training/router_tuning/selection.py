@@ -22,8 +22,8 @@ from vllm_mod.checkpoint import BaseShape
 from vllm_mod.config import ConfigError, ModConfig
 
 from .arguments import RouterArguments, parse_window
-from .data import IGNORED, Collator
-from .layerwise import Batch, predictions
+from .data import Collator
+from .layerwise import Batch, answer_predictions, divergences, supervised
 from .model import attach_routers, decoder_layers, load_base
 from .patches import collate, fit_patches
 from .preflight import check_writable
@@ -167,30 +167,26 @@ def _measured(args: RouterArguments, training_args: Any, shape: BaseShape, base:
 @torch.no_grad()
 def _measure_batch(model: Any, batch: Batch, progress: Any) -> tuple[Tensor, Tensor, Tensor]:
     """nats, tokens and inputs of a batch's samples, see `Measured`."""
-    answers = batch["labels"][:, 1:] != IGNORED
-    places = answers.any(0).nonzero().flatten()  # a prediction is read where a row has one
-    wanted = answers[:, places].to(model.device)
+    answers = supervised(batch).to(model.device)
     state, layers = routing_of(model), routing_of(model).config.layers
-    dense, before, inputs = _dense(model, batch, places)
-    dense = _log_probabilities(dense, wanted)
+    dense, before, inputs = _dense(model, batch)
     progress.update()
-    rows = wanted.nonzero()[:, 0]
-    found = torch.zeros(len(wanted), len(layers), dtype=torch.float64, device=model.device)
+    rows = answers.nonzero()[:, 0]
+    found = torch.zeros(len(answers), len(layers), dtype=torch.float64, device=model.device)
     try:
         for place, layer in enumerate(layers):
             state.cutoffs = tuple(float("inf") if other == layer else float("-inf") for other in layers)
-            without = _log_probabilities(predictions(model, batch, before[layer], layer, places), wanted)
-            nats = nn.functional.kl_div(without, dense, reduction="none", log_target=True).sum(-1).double()
-            found[:, place].index_add_(0, rows, nats)
+            without = answer_predictions(model, batch, before[layer], layer)
+            found[:, place].index_add_(0, rows, divergences(without, dense).double())
             progress.update()
     finally:
         state.cutoffs = None
-    tokens = wanted.sum(1).double().cpu()
+    tokens = answers.sum(1).double().cpu()
     return found.cpu() / tokens.clamp(min=1.0)[:, None], tokens, inputs
 
 
-def _dense(model: Any, batch: Batch, places: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The dense model's logits, the hidden states before each layer, and the means that routers score."""
+def _dense(model: Any, batch: Batch) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The dense model's predictions, the hidden states before each layer, and the means that routers score."""
     state, before, means = routing_of(model), list[Tensor](), list[Tensor]()
 
     def enters(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -204,13 +200,8 @@ def _dense(model: Any, batch: Batch, places: Tensor) -> tuple[Tensor, list[Tenso
     hooks = [layer.register_forward_pre_hook(enters, with_kwargs=True) for layer in decoder_layers(model)]
     hooks += [state.routers[layer].register_forward_pre_hook(scores) for layer in state.config.layers]
     try:
-        logits = predictions(model, batch, None, 0, places)
+        predicted = answer_predictions(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
-    return logits, before, torch.stack(means, 1)
-
-
-def _log_probabilities(logits: Tensor, wanted: Tensor) -> Tensor:
-    """`[B, P, vocabulary]`, bool `[B, P]` -> float32 `[tokens, vocabulary]`."""
-    return logits[wanted].float().log_softmax(-1)
+    return predicted, before, torch.stack(means, 1)

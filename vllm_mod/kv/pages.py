@@ -136,8 +136,8 @@ class PageManager(FullAttentionManager):
     ) -> int:
         tracked = self._live[request_id]
         last = cdiv(num_tokens, self.block_size)
-        if not new_computed_blocks:  # most steps of most requests need nothing
-            return self._number_of_pages(tracked, first, last) if last > (first := len(tracked.leads)) else 0
+        if not new_computed_blocks:
+            return self._number_of_pages(tracked, len(tracked.leads), last)
         found = self._found_pages(tracked, list(new_computed_blocks))
         return self.pages.number_free(found[found > 0]) + self._number_of_pages(tracked, found.shape[1], last)
 
@@ -149,15 +149,18 @@ class PageManager(FullAttentionManager):
         return found
 
     def _number_of_pages(self, tracked: Tracked, first: int, last: int) -> int:
-        """Of token blocks `first` to `last` (exclusive); all layers' where a window reaches into them."""
-        if last <= first:
+        """Of token blocks `first` to `last` (exclusive)."""
+        if last <= first:  # most steps of most requests need nothing
             return 0
-        dense = min(self._dense_blocks(tracked), last)
-        return (last - first) * self._width - max(last - max(first, dense), 0) * len(tracked.skipped)
+        dense = self._dense_blocks(tracked, first, last)
+        return dense * self._width + (last - first - dense) * (1 + len(tracked.others))
 
-    def _dense_blocks(self, tracked: Tracked) -> int:
-        """Token blocks with tokens of its window; every layer runs on these where there is a window at all."""
-        return cdiv(tracked.window_end, self.block_size) if self._window else 0
+    def _dense_blocks(self, tracked: Tracked, first: int, last: int) -> int:
+        """How many of these have pages of all layers: those with tokens of its window, where it skips any."""
+        if not tracked.skipped:
+            return last - first
+        window = cdiv(tracked.window_end, self.block_size) if self._window else 0
+        return min(max(window - first, 0), last - first)
 
     def add_local_computed_blocks(
         self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *_: Any, **__: Any
@@ -169,17 +172,10 @@ class PageManager(FullAttentionManager):
         tracked.add(leads, self._width)[:] = self._found_pages(tracked, leads)
         tracked.found = tracked.offered = len(leads)
         tracked.found_sums = self._found_sums(tracked, leads)
-        self.pages.hold(leads, self._pages_of(tracked, self._others))
+        self.pages.hold(leads, tracked.held(self._others))
         self.token_slots += len(leads) * self.block_size
         self._grown[request_id] = tracked
         self._take_slot(request_id, tracked)
-
-    def _pages_of(self, tracked: Tracked, columns: np.ndarray) -> np.ndarray:
-        """Its last token block first: so far behind, a prefix is least likely to be asked for again."""
-        if not tracked.blocks:
-            return np.zeros(0, np.int64)
-        pages = tracked.pages[columns, ::-1].T.ravel()
-        return pages[pages > 0].astype(np.int64)
 
     def _found_sums(self, tracked: Tracked, leads: Sequence[KVCacheBlock]) -> np.ndarray | None:
         """What the tokens of its window among the found ones have scored."""
@@ -202,14 +198,14 @@ class PageManager(FullAttentionManager):
 
     def _grow(self, tracked: Tracked, first: int, last: int) -> None:
         number = last - first
-        dense = min(max(self._dense_blocks(tracked) - first, 0), number) if tracked.skipped else number
-        pages_of_dense = dense * len(self._others)
-        leads, others = self.pages.take(number, pages_of_dense + (number - dense) * len(tracked.others))
+        dense = self._dense_blocks(tracked, first, last)
+        leads, others = self.pages.take(number, self._number_of_pages(tracked, first, last) - number)
         if number >= _SORTED_FROM:
             others.sort()
         pages = tracked.add(leads, self._width)
         pages[self._lead] = [lead.block_id for lead in leads]
         # A layer's pages lie side by side.
+        pages_of_dense = dense * len(self._others)
         if dense:
             pages[self._others, :dense] = others[:pages_of_dense].reshape(-1, dense)
         if dense < number:
@@ -261,7 +257,7 @@ class PageManager(FullAttentionManager):
             self._free_slots.append(tracked.slot)
             self._freed_slots.append(tracked.slot.block_id)
         self.token_slots -= tracked.blocks * self.block_size
-        self.pages.release(self._pages_of(tracked, self._all), tracked.leads)
+        self.pages.release(tracked.held(self._all), tracked.leads)
         tracked.let_go()
         if tracked.closed:
             del self._live[request_id]
@@ -344,7 +340,7 @@ class PageManager(FullAttentionManager):
     def _release(self, tracked: Tracked) -> None:
         """Give the pages of skipped layers back: its window is complete."""
         skipped = np.array(list(tracked.skipped), np.int64)
-        freed = self._pages_of(tracked, skipped)
+        freed = tracked.held(skipped)
         tracked.pages[skipped] = 0
         self.pages.release(freed)
         self.pages_released += len(freed)

@@ -74,6 +74,14 @@ class Tracked:
         """All of them, int32 `[G, token blocks]`; 0 where a layer is skipped."""
         return self.table[:, : len(self.leads)]
 
+    def held(self, columns: np.ndarray) -> np.ndarray:
+        """Its pages in these columns, int64 `[n]`, of its last token block first: so far behind, a prefix is least
+        likely to be asked for again."""
+        if not self.leads:
+            return np.zeros(0, np.int64)
+        pages = self.pages[columns, ::-1].T.ravel()
+        return pages[pages > 0].astype(np.int64)
+
     def add(self, leads: Sequence[KVCacheBlock], width: int) -> np.ndarray:
         """More token blocks; returns where their pages are to be written, those of the leads among them: `[G, n]`."""
         first, last = len(self.leads), len(self.leads) + len(leads)
