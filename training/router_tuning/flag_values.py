@@ -32,6 +32,7 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_samples": _at_least(1),
     "rank": _at_least(0),
     "patch_rank": _at_least(0),
+    "distilled_samples": _at_least(0),
     "batch_size": _at_least(1),
     "max_train_samples": (lambda value: value >= 0, "1 or more is needed (0: all)"),
     "max_eval_samples": (lambda value: value >= 0, "1 or more is needed (0: all)"),

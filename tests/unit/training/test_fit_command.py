@@ -109,6 +109,7 @@ def test_static_is_the_same_for_all(base: Path, data: Path, tmp_path: Path, caps
         (["--max-samples", "3"], "usable samples"),
         (["--measured-samples", "15"], "--measured-samples 15: 16 or more are needed"),
         (["--patch-rank", "-1"], "--patch-rank"),
+        (["--distilled-samples", "-1"], "--distilled-samples -1: 0 or more is needed"),
         (["--granularity", "attn_token"], "--granularity"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
