@@ -136,8 +136,8 @@ class PageManager(FullAttentionManager):
     ) -> int:
         tracked = self._live[request_id]
         last = cdiv(num_tokens, self.block_size)
-        if not new_computed_blocks:
-            return self._number_of_pages(tracked, len(tracked.leads), last)
+        if not new_computed_blocks:  # most steps of most requests need nothing
+            return self._number_of_pages(tracked, first, last) if last > (first := len(tracked.leads)) else 0
         found = self._found_pages(tracked, list(new_computed_blocks))
         return self.pages.number_free(found[found > 0]) + self._number_of_pages(tracked, found.shape[1], last)
 
@@ -150,7 +150,7 @@ class PageManager(FullAttentionManager):
 
     def _number_of_pages(self, tracked: Tracked, first: int, last: int) -> int:
         """Of token blocks `first` to `last` (exclusive)."""
-        if last <= first:  # most steps of most requests need nothing
+        if last <= first:
             return 0
         dense = self._dense_blocks(tracked, first, last)
         return dense * self._width + (last - first - dense) * (1 + len(tracked.others))
@@ -199,13 +199,13 @@ class PageManager(FullAttentionManager):
     def _grow(self, tracked: Tracked, first: int, last: int) -> None:
         number = last - first
         dense = self._dense_blocks(tracked, first, last)
-        leads, others = self.pages.take(number, self._number_of_pages(tracked, first, last) - number)
+        pages_of_dense = dense * len(self._others)
+        leads, others = self.pages.take(number, pages_of_dense + (number - dense) * len(tracked.others))
         if number >= _SORTED_FROM:
             others.sort()
         pages = tracked.add(leads, self._width)
         pages[self._lead] = [lead.block_id for lead in leads]
         # A layer's pages lie side by side.
-        pages_of_dense = dense * len(self._others)
         if dense:
             pages[self._others, :dense] = others[:pages_of_dense].reshape(-1, dense)
         if dense < number:
