@@ -80,7 +80,7 @@ def main() -> None:
         "routed": (args.checkpoint, None),
     }
     if args.static_layers:
-        settings = {"version": 1, "granularity": f"{config.target}_static", "layers": args.static_layers}
+        settings = {"version": 1, "granularity": f"{config.policy.target}_static", "layers": args.static_layers}
         systems["static"] = args.model, ModConfig.parse(settings, "--static-layers")
     systems |= {other.name: (other, None) for other in args.others}
     models = {name: load_system(*system) for name, system in systems.items()}

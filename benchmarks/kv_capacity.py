@@ -28,6 +28,8 @@ from typing import Any
 
 import numpy as np
 
+from vllm_mod.granularity import POLICIES
+
 from .lib.common import (
     RESULTS,
     command,
@@ -174,7 +176,8 @@ def capacity(args: argparse.Namespace, base: Path, load: Load, directory: Path) 
     layers = routed_layers(num_layers)
     skipped = round(args.skip_share * num_layers)
     checkpoint = routed_config(directory / "mod", base, args.granularity, layers, thresholds(layers, skipped))
-    static = routed_config(directory / "static", base, args.granularity.split("_")[0] + "_static", layers[:skipped])
+    kind = POLICIES[args.granularity].target + "_static"
+    static = routed_config(directory / "static", base, kind, layers[:skipped])
     systems: dict[str, tuple[Path, dict[str, Any] | None]] = {
         "stock": (base, None),
         "keep": (checkpoint, {"force": "keep"}),

@@ -91,7 +91,7 @@ def check(args: argparse.Namespace) -> ModConfig:
         raise ConfigError(f"--tasks: {unknown[0]!r} is not known; the paper's are {', '.join(TASKS)}")
     if args.limit is not None and args.limit < 1:
         raise ConfigError("--limit: at least 1 document")
-    if config.target == "expert" and not args.no_static:
+    if config.policy.by_experts and not args.no_static:
         raise ConfigError("experts have no static drop to compare with; pass --no-static")
     if not (args.no_static or args.static or args.data):
         raise ConfigError("the static drop is chosen on calibration data: pass --data, --static LAYER… or --no-static")
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         progress(f"static drop: layers {dropped}")
         with tempfile.TemporaryDirectory(dir=args.checkpoint.resolve().parent) as directory:
             static = ModConfig.parse(
-                {"version": 1, "granularity": f"{config.target}_static", "layers": dropped}, "static drop"
+                {"version": 1, "granularity": f"{config.policy.target}_static", "layers": dropped}, "static drop"
             )
             checkpoint = write_checkpoint(args.model, Path(directory) / "static", static, {})
             systems["static"] = in_vllm("static", checkpoint)

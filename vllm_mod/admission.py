@@ -26,7 +26,7 @@ class Admissions:
         self._plan = plan
         #: None where `force` answers for every request
         self._forced = plan.knobs.force is not None
-        self._default = Admission(np.array(plan.config.cutoffs if plan.config.level == "sequence" else (), np.float64))
+        self._default = Admission(np.array(plan.config.cutoffs if plan.config.policy.by_request else (), np.float64))
         #: kept ratio -> admission, of the load policy
         self._levels: dict[float, Admission] = {}
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .config import ConfigError, ModConfig
+from .granularity import POLICIES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,7 +126,7 @@ def _shape_of(tensors: Mapping[str, Tensor], config: ModConfig) -> BaseShape:
     layer = config.layers[0]
     tensor = tensors.get(patch_name(layer, "bias") if config.is_static else router_name(layer))
     hidden = tensor.shape[-1] if tensor is not None and tensor.dim() else 0
-    experts = tensor.shape[0] if tensor is not None and config.target == "expert" else None
+    experts = tensor.shape[0] if tensor is not None and config.policy.by_experts else None
     return BaseShape("", config.layers[-1] + 1, hidden, experts)
 
 
@@ -196,12 +197,13 @@ _PATCH_NORMS = {"patch_bias_norm": "patch bias norm", "patch_map_norm": "patch m
 
 
 def _in_words(report: dict[str, Any]) -> str:
-    target, level = report["granularity"].split("_")
-    what = {"attn": "self-attention", "mlp": "MLP", "block": "attention and MLP", "expert": "experts"}[target]
-    how = {"token": "decided per token", "sequence": "decided once per request", "static": "always skipped"}[level]
+    policy = POLICIES[report["granularity"]]
+    how = "always skipped" if policy.is_static else "decided per token"
+    if policy.by_request:
+        how = "decided once per request"
     if report["window"]:
         how += f" by its first {report['window']} prompt tokens, which always run"
-    return f"{what}, {how}"
+    return f"{policy.words}, {how}"
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

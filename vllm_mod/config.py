@@ -8,26 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from functools import partial
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from .granularity import POLICIES, Granularity, Policy
 from .schema import ConfigError as ConfigError
 from .schema import Strict
-
-Granularity = Literal[
-    "attn_token",
-    "attn_sequence",
-    "mlp_token",
-    "mlp_sequence",
-    "block_token",
-    "block_sequence",
-    "expert_token",
-    "attn_static",
-    "mlp_static",
-    "block_static",
-]
-GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 
 
 def _numbers(value: Any, check: Callable[[float], None]) -> float | tuple[float, ...]:
@@ -143,35 +130,20 @@ class ModConfig(Strict):
                     raise ValueError(f"key '{key}' needs 'version' 2")
         if self.cutoff is not None and self.is_static:
             raise ValueError(f"key 'cutoff' needs routers, and {self.granularity} has none")
-        if self.window is not None and self.level != "sequence":
+        if self.window is not None and not self.policy.by_request:
             raise ValueError(f"key 'window' needs a granularity *_sequence (got {self.granularity!r})")
-        if self.patch is not None and self.target == "expert":
+        if self.patch is not None and self.policy.by_experts:
             raise ValueError(f"key 'patch': {self.granularity} has none; attn_*, mlp_* and block_* may have one")
         return self
 
     @property
-    def target(self) -> str:
-        """`attn`, `mlp`, `block` or `expert`."""
-        return self.granularity.split("_")[0]
-
-    @property
-    def level(self) -> str:
-        """`token`, `sequence` or `static`."""
-        return self.granularity.split("_")[1]
+    def policy(self) -> Policy:
+        """What the granularity means."""
+        return POLICIES[self.granularity]
 
     @property
     def is_static(self) -> bool:
-        return self.level == "static"
-
-    @property
-    def packs_kv(self) -> bool:
-        """Kept tokens of a request lie densely in its blocks of a routed layer."""
-        return self.level == "token" and self.target in ("attn", "block")
-
-    @property
-    def keeps_state(self) -> bool:
-        """A worker remembers something of a running request: its decisions, or how much packed KV it has."""
-        return self.level == "sequence" or self.packs_kv
+        return self.policy.is_static
 
     @property
     def criterion(self) -> Literal["threshold", "cutoff"]:
@@ -214,11 +186,11 @@ class ModConfig(Strict):
                 f"mod_config: key 'layers': layer {self.layers[-1]} is out of range, "
                 f"the model has layers 0 to {num_layers - 1}"
             )
-        if self.target == "expert" and not num_experts:
+        if self.policy.by_experts and not num_experts:
             raise ConfigError(
                 f"mod_config: key 'granularity': {self.granularity!r} needs experts, and this model is dense"
             )
-        if self.target == "expert" and (dense := sorted(set(self.layers) & set(dense_layers))):
+        if self.policy.by_experts and (dense := sorted(set(self.layers) & set(dense_layers))):
             raise ConfigError(
                 f"mod_config: key 'layers': {self.granularity!r} needs experts, and layers {dense} of this model have "
                 f"one dense MLP ({num_experts} experts in the others)"

@@ -63,19 +63,19 @@ def check_routers(vllm_config: VllmConfig, config: ModConfig) -> None:
 def refuse_what_cannot_work(vllm_config: VllmConfig, config: ModConfig) -> None:
     granularity = config.granularity
     parallel = vllm_config.parallel_config
-    if config.keeps_state and vllm_config.speculative_config is not None:
+    if config.policy.keeps_state and vllm_config.speculative_config is not None:
         raise ConfigError(
             f"{granularity} routing cannot be served with speculative decoding: rejected draft tokens would have to "
             "be taken back from the routing state; drop --speculative-config"
         )
     offloads = vllm_config.cache_config.kv_offloading_size is not None
     others = vllm_config.kv_transfer_config is not None and not _is_channel(vllm_config)
-    if config.keeps_state and (others or offloads):
+    if config.policy.keeps_state and (others or offloads):
         raise ConfigError(
             f"{granularity} routing cannot be served with a KV connector or KV offloading: "
             "its KV cache has no entry for what was skipped; drop --kv-transfer-config / --kv-offloading-size"
         )
-    if config.keeps_state and parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size > 1:
+    if config.policy.keeps_state and parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size > 1:
         raise ConfigError(f"{granularity} routing cannot be served with context parallelism; drop the -dcp/-pcp flags")
     if parallel.enable_dbo:
         raise ConfigError("routed models cannot be served with dual batch overlap; drop --enable-dbo")
@@ -84,10 +84,10 @@ def refuse_what_cannot_work(vllm_config: VllmConfig, config: ModConfig) -> None:
             "routed models cannot be served with a prefill that leaves out layers which share a KV cache; "
             "drop --kv-sharing-fast-prefill"
         )
-    if shape_of(vllm_config).num_experts and config.target != "attn":
+    if shape_of(vllm_config).num_experts and config.policy.skips_mlp:
         _refuse_for_experts(vllm_config, config)
     window, max_len = vllm_config.model_config.get_sliding_window(), vllm_config.model_config.max_model_len
-    if config.packs_kv and window and window < max_len and (sliding := _sliding_layers(vllm_config, config)):
+    if config.policy.packs_kv and window and window < max_len and (sliding := _sliding_layers(vllm_config, config)):
         raise ConfigError(
             f"{granularity} routing packs the KV of kept tokens, and a sliding window counts true positions: layers "
             f"{sliding} have a window of {window} tokens, less than max_model_len {max_len}; "
@@ -107,7 +107,7 @@ def _refuse_for_experts(vllm_config: VllmConfig, config: ModConfig) -> None:
             f"{config.granularity} routing of a model with experts cannot be served data-parallel: the ranks meet in "
             "every MoE layer, and would wait for one that skips it; start one server per device"
         )
-    if config.target == "expert" and parallel.enable_eplb:
+    if config.policy.by_experts and parallel.enable_eplb:
         raise ConfigError("expert_token routing cannot be served with experts that move; drop --enable-eplb")
 
 
@@ -147,11 +147,11 @@ def make_settings(vllm_config: VllmConfig, config: ModConfig) -> None:
     cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
     max_len = vllm_config.model_config.max_model_len
     windowed = config.window is not None  # its decisions are a function of the prefix, see the design, section 2
-    if config.keeps_state and not windowed and cache.enable_prefix_caching:
-        why = "a decision needs its whole prompt" if config.level == "sequence" else "packed KV cannot be shared"
+    if config.policy.keeps_state and not windowed and cache.enable_prefix_caching:
+        why = "a decision needs its whole prompt" if config.policy.by_request else "packed KV cannot be shared"
         logger.info("%s: prefix caching off (%s)", config.granularity, why)
         cache.enable_prefix_caching = False
-    if config.level == "sequence" and not windowed:
+    if config.policy.by_request and not windowed:
         if scheduler.enable_chunked_prefill:
             logger.info("%s: chunked prefill off (a decision needs its whole prompt)", config.granularity)
         scheduler.enable_chunked_prefill = False
@@ -167,7 +167,7 @@ def make_settings(vllm_config: VllmConfig, config: ModConfig) -> None:
                 "%s: max_num_scheduled_tokens %d (a prompt is prefilled in one step)", config.granularity, max_len
             )
             scheduler.max_num_scheduled_tokens = max_len
-    if config.keeps_state:
+    if config.policy.keeps_state:
         # One KV-cache group, so that the first entry of a row is its request's slot for as long as it runs.
         scheduler.disable_hybrid_kv_cache_manager = True
     if vllm_config.lora_config is not None:
@@ -175,7 +175,7 @@ def make_settings(vllm_config: VllmConfig, config: ModConfig) -> None:
             "%s: with LoRA, linears run on the whole batch (skipped rows save attention and KV only)",
             config.granularity,
         )
-        if config.target == "expert" and not experts_without_adapters(vllm_config):
+        if config.policy.by_experts and not experts_without_adapters(vllm_config):
             logger.info(
                 "expert_token: where adapters change routed experts, skipped pairs are computed and weigh 0; "
                 "--lora-target-modules without experts saves them"
@@ -187,7 +187,7 @@ def make_settings(vllm_config: VllmConfig, config: ModConfig) -> None:
         logger.info("%s: attention backend TRITON_ATTN (vLLM prefers FlashInfer on this GPU)", config.granularity)
         vllm_config.attention_config.backend = AttentionBackendEnum.TRITON_ATTN
     kernels = vllm_config.kernel_config
-    if config.target == "expert" and kernels.moe_backend == "auto" and not current_platform.is_cpu():
+    if config.policy.by_experts and kernels.moe_backend == "auto" and not current_platform.is_cpu():
         logger.info("expert_token: MoE backend triton (experts are chosen outside its kernel)")
         kernels.moe_backend = "triton"
     if vllm_config.kv_transfer_config is None:

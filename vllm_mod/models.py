@@ -26,8 +26,6 @@ from .routing import Routing
 from .step import Route, Router
 from .sublayers import Skipped, norm_inside, route_attention, route_mlp
 
-_SUBLAYERS = {"attn": ("self_attn",), "mlp": ("mlp",), "block": ("self_attn", "mlp"), "expert": ("mlp",)}
-
 
 class MoDModel(RoutedWeights, nn.Module):
     """Mixin before a stock `…ForCausalLM` whose `model.layers` have `self_attn` and an MLP (see `architectures`)."""
@@ -54,11 +52,12 @@ class MoDModel(RoutedWeights, nn.Module):
         _install(
             layers, self.routing, self.mod_row, vllm_config, shares_rows=lora is not None and lora.fully_sharded_loras
         )
-        if self.mod_config.keeps_state:
+        policy = self.mod_config.policy
+        if policy.keeps_state:
             kv_layers = {route.column: route.kv_layer for route in self.routing.routes}
             routed = [kv_layers.get(column) for column in range(len(self.mod_config.layers))]
-            by_request = self.mod_config.level == "sequence"
-            per_layer = by_request and self.mod_config.target != "mlp" and plan.knobs.kv_reclaim
+            by_request = policy.by_request
+            per_layer = by_request and policy.skips_attention and plan.knobs.kv_reclaim
             self.routing.layout = track_requests(self, vllm_config, routed if by_request else [], per_layer)
         self.routing.static_decode = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         for module in self.modules():
@@ -113,7 +112,7 @@ class MoDModel(RoutedWeights, nn.Module):
 def _router(plan: Plan, dtype: torch.dtype) -> Router:
     """Of one layer, to be loaded."""
     config, shape = plan.config, plan.shape
-    rows = 0 if config.is_static else (shape.num_experts or 0) if config.target == "expert" else 1
+    rows = config.policy.router_rows(shape.num_experts)
     if config.patch is None:
         return Router(shape.hidden_size, rows, None)
     # The decoder layer multiplies what it is given; the patch itself is to be added.
@@ -123,7 +122,7 @@ def _router(plan: Plan, dtype: torch.dtype) -> Router:
 
 def _parts(config: ModConfig, row: Architecture) -> list[tuple[str, str]]:
     """(`self_attn` or `mlp`, its name in a decoder layer of vLLM's) of each sublayer that is routed."""
-    return [(part, row.vllm_mlp if part == "mlp" else part) for part in _SUBLAYERS[config.target]]
+    return [(part, row.vllm_mlp if part == "mlp" else part) for part in config.policy.sublayers]
 
 
 def _install(
@@ -137,7 +136,7 @@ def _install(
         route = Route(index, column, layer.router, cutoff, shares_rows=shares_rows)
         routing.routes.append(route)
         for part, name in _parts(config, row):
-            turn = route_attention if part == "self_attn" else route_experts if config.target == "expert" else route_mlp
+            turn = route_attention if part == "self_attn" else route_experts if config.policy.by_experts else route_mlp
             sublayer = getattr(layer, name)
             turn(sublayer, f"model.layers.{index}.{name}", route, routing, by_name)
             if sublayer.patch is not None and part in row.post_norms:

@@ -33,9 +33,7 @@ class Routing:
         self.routes: list[Route] = []  #: the routed layers on this pipeline rank
         self.counts = RoutingCounts(config.layers)
         self.mailbox = Mailbox(self.counts, self.begin, self.end)
-        self.whole_block = config.target == "block"  #: one decision for a layer's attention and MLP
-        self.by_experts = config.target == "expert"
-        self.by_request = config.level == "sequence"
+        self.policy = config.policy
         self.dense_window = config.window is not None
         #: LoRA kernels know a row's adapter by its place in the batch: no row may be taken out before a linear
         self.whole_batch_linears = False
@@ -61,9 +59,9 @@ class Routing:
         requests = max(scheduler.max_num_seqs, getattr(scheduler, "max_num_active_seqs", None) or 0)
         self._block_size = block_size
         self._report_size = block_size if vllm_config.cache_config.enable_prefix_caching else None
-        if self.by_request:
+        if self.policy.by_request:
             self._state = SequenceState(self.config.cutoffs, requests + 1, device)
-        elif self.config.packs_kv:
+        elif self.policy.packs_kv:
             self._state = PackedState(number, requests + 1, device)
         if self.layout is not None:
             blocks = -(-vllm_config.model_config.max_model_len // block_size)

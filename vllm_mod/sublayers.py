@@ -70,7 +70,7 @@ class _Routed:
     def run(self, output: Tensor, *inputs: Tensor) -> None:
         """Fill `output` `[tokens, hidden]`: the sublayer's on kept rows, the patch or zero elsewhere."""
         step = self.routing.step
-        if step is not None and step.decode is not None and not self.routing.by_experts:
+        if step is not None and step.decode is not None and not self.routing.policy.by_experts:
             self._decode(step.decode, output, *inputs)
         else:
             self._compact(step, output, *inputs)
@@ -85,10 +85,10 @@ class _Routed:
 
     def _compact(self, step: Step | None, output: Tensor, *inputs: Tensor) -> None:
         x = inputs[-1]
-        if step is None or self.routing.by_experts:  # each expert decides, see `experts`
+        if step is None or self.routing.policy.by_experts:  # each expert decides, see `experts`
             kept = ALL
         else:
-            kept = step.kept(self.route, x, self.with_attention, self.routing.whole_block)
+            kept = step.kept(self.route, x, self.with_attention, self.routing.policy.whole_block)
         if kept.all:
             output.copy_(self.stock_forward(*inputs))  # type: ignore[attr-defined]
             self._on_all_rows(output)
@@ -103,7 +103,7 @@ class _Routed:
 
     def _decode(self, step: DecodeStep, output: Tensor, *inputs: Tensor) -> None:
         """At static shapes, see `decode`. A skipped row's attention is undefined, so it is replaced, not multiplied."""
-        follows = self.routing.whole_block and not self.with_attention
+        follows = self.routing.policy.whole_block and not self.with_attention
         keep = step.keep(self.route) if follows else step.decide(self.route, inputs[-1])
         rows = len(keep)
         result = self.masked_stock_forward(step, *inputs)  # type: ignore[attr-defined]
@@ -240,7 +240,7 @@ def _route(
     swap_class(module, kind)
     module.name, module.route, module.routing = name, route, routing  # type: ignore[assignment]
     # A module of the router's; of a block, its attention adds it.
-    patched = kind is _RoutedAttention or not routing.whole_block
+    patched = kind is _RoutedAttention or not routing.policy.whole_block
     module.__dict__["patch"] = route.router.patch if patched else None
     module.reduce_after = _take_out_all_reduce(module)  # type: ignore[assignment]
     forward_context[name] = module

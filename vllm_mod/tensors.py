@@ -45,7 +45,7 @@ def is_router_name(name: str) -> bool:
 
 def expected_tensors(config: ModConfig, shape: BaseShape) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor that `config` asks for; layer by layer, none of them optional."""
-    rows = (shape.num_experts or 0) if config.target == "expert" else 1
+    rows = config.policy.router_rows(shape.num_experts)
     expected: dict[str, tuple[int, ...]] = {}
     for layer in config.layers:
         if not config.is_static:
@@ -100,7 +100,7 @@ def _why_surplus(name: str, config: ModConfig) -> str:
 
 
 def _why_misshapen(tensor: Tensor, wanted: tuple[int, ...], config: ModConfig, shape: BaseShape) -> str:
-    reason = f", a gate for each of its {wanted[0]} experts" if config.target == "expert" else ""
+    reason = f", a gate for each of its {wanted[0]} experts" if config.policy.by_experts else ""
     if shape.hidden_size not in tensor.shape:
         return f"{reason}; the routers belong to another base model"
     if config.patch is not None and tensor.dim() == len(wanted) == 2 and config.patch.rank in wanted:

@@ -40,7 +40,7 @@ class Perplexities:
         tokenizer = load_tokenizer(self.base)
         calibration, _ = tokenize(rows, tokenizer, self._args.max_length, CALIBRATION_SAMPLES)
         model = load_base(self.base, torch.float32).eval()
-        similarity = sublayer_similarity(model, calibration["input_ids"], self.config.target)
+        similarity = sublayer_similarity(model, calibration["input_ids"], self.config.policy.target)
         return sorted(range(len(similarity)), key=lambda i: -similarity[i])
 
     def measure(
@@ -64,7 +64,7 @@ class Perplexities:
             criterion, limits = config.criterion, config.to_dict()[config.criterion]
             found = losses(f"{criterion} {limits}", self.checkpoint, config)
             curve.append({"system": "routed", criterion: limits} | _relative(found, base))
-        if self.config.target != "expert":
+        if not self.config.policy.by_experts:
             order = self.order()
             for number in range(1, len(self.config.layers) + 1):
                 layers = sorted(order[:number])
@@ -74,7 +74,7 @@ class Perplexities:
         return {"perplexity": {k: _relative(v, base) for k, v in systems.items()}, "curve": curve}
 
     def _static(self, layers: Sequence[int]) -> ModConfig:
-        settings = {"version": 1, "granularity": f"{self.config.target}_static", "layers": list(layers)}
+        settings = {"version": 1, "granularity": f"{self.config.policy.target}_static", "layers": list(layers)}
         return ModConfig.parse(settings, "static drop")
 
     def _losses(self, name: str, path: Path, config: ModConfig | None) -> dict[str, Any]:

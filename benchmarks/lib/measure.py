@@ -125,7 +125,7 @@ class Bench:
 
     def _compare_static(self, config: ModConfig, dropped: float, routed: Tensor) -> dict[str, Any]:
         """Each way to choose `dropped` layers (a fraction: see `losses_at`) -> layers and ratios."""
-        target, wanted = config.target, (1 - (config.target_capacity or 0.5)) * len(config.layers)
+        target, wanted = config.policy.target, (1 - (config.target_capacity or 0.5)) * len(config.layers)
         depth = min(math.ceil(wanted) + 1, len(config.layers))  # one more, should more be skipped than was asked for
         key = target, config.layers, depth
         if key not in self.orders:
@@ -156,7 +156,7 @@ class Bench:
         cutoffs = {i: state.cutoff(i) for i in config.layers}
         for sample, other in zip(tqdm(self.samples, desc="random decisions"), order, strict=True):
             for i in config.layers:
-                probability = float(decisions[other][i]) if config.level == "sequence" else kept[i]
+                probability = float(decisions[other][i]) if config.policy.by_request else kept[i]
 
                 def score(x: Tensor, probability: float = probability, cutoff: float = cutoffs[i]) -> Tensor:
                     shape = x.shape[:2]
@@ -173,7 +173,7 @@ class Bench:
         sources = [s["source"] for s in self.samples]
         varying = [i for i in config.layers if 0.05 < torch.cat([d[i] for d in decisions]).double().mean() < 0.95]
         about: dict[str, Any] = {"layers_that_decide": varying}
-        if config.level == "sequence":
+        if config.policy.by_request:
             rows = torch.stack([torch.stack([d[i][0] for i in config.layers]) for d in decisions]).double()
             lengths = torch.tensor([float(s["prompt_len"]) for s in self.samples]).log()
             patterns = {tuple(row) for row in rows.int().tolist()}

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_mod.granularity import POLICIES
+
 from .common import SMALL_LLAMA, llama_config, routed_config
 
 _LLAMA3 = {"vocab_size": 128256, "max_position_embeddings": 131072, "rope_theta": 500000.0, "torch_dtype": "bfloat16"}
@@ -74,7 +76,7 @@ def four_systems(
         "stock": (base, None), "keep": (mod, {"force": "keep"}), "mod": (mod, {}),
     }  # fmt: skip
     if skipped:
-        static = granularity.split("_")[0] + "_static"
+        static = POLICIES[granularity].target + "_static"
         systems["static"] = routed_config(directory / "static", base, static, skipped), None
     if patch_rank is not None:
         patched = routed_config(directory / "patched", base, granularity, routed, threshold, window, patch_rank)

@@ -114,7 +114,7 @@ def routed_checkpoint(
     version = 2 if config.keys() & {"cutoff", "window", "patch"} else 1
     mod = ModConfig.parse({"version": version, "granularity": granularity, "layers": list(layers), **config}, "test")
     shape = BaseShape.of(read_json(base / "config.json"), str(base))
-    rows = (shape.num_experts or 0) if mod.target == "expert" else 1
+    rows = mod.policy.router_rows(shape.num_experts)
     routers = random_routers(mod, shape.hidden_size, rows=rows, seed=seed)
     return write_checkpoint(base, output, mod, routers, patches=random_patches(mod, shape.hidden_size, seed=seed))
 

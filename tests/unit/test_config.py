@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_mod.config import (
-    GRANULARITIES,
     ConfigError,
     ModConfig,
     default_layers,
     logit,
 )
+from vllm_mod.granularity import GRANULARITIES
 
 GOOD = {"version": 1, "granularity": "attn_sequence", "layers": [2, 3]}
 
@@ -79,7 +79,6 @@ def test_one_limit_and_one_cutoff_per_layer(config):
         assert config.cutoffs == config.limits and config.threshold is None
     else:
         assert config.cutoffs == tuple(map(logit, config.limits)) and config.cutoff is None
-    assert f"{config.target}_{config.level}" == config.granularity
 
 
 @given(configs(), st.floats(0, 1), st.floats(-1e6, 1e6))

@@ -12,7 +12,8 @@ import torch
 from transformers import TrainingArguments
 
 from vllm_mod.checkpoint import BaseShape
-from vllm_mod.config import GRANULARITIES, ConfigError, ModConfig, default_layers
+from vllm_mod.config import ConfigError, ModConfig, default_layers
+from vllm_mod.granularity import GRANULARITIES, POLICIES
 
 from .trainer_flags import OPTIMIZERS
 
@@ -213,7 +214,10 @@ class FitArguments:
     output: str = field(metadata={"help": "the checkpoint to write; must not exist"})
     granularity: str = field(
         default="attn_sequence",
-        metadata={"help": "what is skipped, per what", "choices": [g for g in GRANULARITIES if "_sequence" in g]},
+        metadata={
+            "help": "what is skipped, per what",
+            "choices": [g for g, policy in POLICIES.items() if policy.by_request],
+        },
     )
     layers: list[str] | None = field(
         default=None, metadata={"help": "routed layers, as for train; default, or `auto`: the half that costs least"}

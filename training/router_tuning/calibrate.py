@@ -147,7 +147,7 @@ def _batches(args: CalibrateArguments, config: ModConfig, base: Path) -> tuple[l
 
 def collate(samples: list[dict[str, Any]], config: ModConfig, batch_size: int) -> list[dict[str, Tensor]]:
     """Batches of similar length, without labels. A sequence-level decision needs the prompt alone, or its window."""
-    if config.level == "sequence":
+    if config.policy.by_request:
         samples = [_deciding(sample, config.window) for sample in samples]
     samples = sorted(samples, key=lambda s: len(s["input_ids"]))
     collator = Collator(0)  # what fills the masked places does not matter

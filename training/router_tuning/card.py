@@ -27,7 +27,6 @@ from .plot import PLOT_FILE
 from .records import Arguments, read_arguments
 
 CARD_FILE = "README.md"
-_WHAT = {"attn": "self-attention", "mlp": "MLP", "block": "attention and MLP", "expert": "routed experts"}
 #: Words of a licence's text -> the hub's name of it.
 _LICENCES = {
     "Apache License": "apache-2.0",
@@ -126,18 +125,18 @@ def _introduction(config: ModConfig) -> str:
     base, layers = _hub_name(config), _ranges(config.layers)
     name = f"[{base}](https://huggingface.co/{base})" if base else _base_name(config)
     if config.is_static:
-        text = f"{name} without the {_WHAT[config.target]} of layers {layers}: always skipped, there are no routers."
+        text = f"{name} without the {config.policy.words} of layers {layers}: always skipped, there are no routers."
         return f"{text} {_patch(config)}".rstrip()
     return (
         f"{name} with routers (one linear gate per layer, [Router-Tuning](https://arxiv.org/abs/2410.13184)) in front "
-        f"of the {_WHAT[config.target]} of layers {layers}. They decide {_unit(config)}, whether it runs. "
+        f"of the {config.policy.words} of layers {layers}. They decide {_unit(config)}, whether it runs. "
         f"{'' if config.window is None else 'These tokens always run, all later ones follow the decision. '}"
         f"What is skipped is not computed, and attention that is skipped keeps no KV cache. {_patch(config)}"
     ).rstrip()
 
 
 def _unit(config: ModConfig) -> str:
-    if config.level == "token":
+    if config.policy.by_token:
         return "per token"
     if config.window is None:
         return "per request, from the mean over its prompt"

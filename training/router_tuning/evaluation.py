@@ -72,7 +72,7 @@ def measure(trainer: Any) -> Evaluation:
     layers = state.config.layers
     zeros: dict[str, Any] = {"dtype": torch.float64, "device": args.device}
     totals = torch.zeros(2 + 2 * len(layers), **zeros)  # loss, supervised tokens, (kept, routed) of each layer
-    routed = layers if state.config.target == "expert" else ()
+    routed = layers if state.config.policy.by_experts else ()
     experts = {layer: torch.zeros(2, len(state.routers[layer].weight), **zeros) for layer in routed}
     parts = share(len(trainer.eval_dataset), args.per_device_eval_batch_size, args.process_index, args.world_size)
     for samples, counts in parts:

@@ -21,6 +21,7 @@ from vllm_mod.checkpoint import (
 )
 from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.files import ADAPTER_FILES, CONFIG_FILE, read_json
+from vllm_mod.granularity import POLICIES
 from vllm_mod.tensors import Patch
 
 from . import card
@@ -103,7 +104,7 @@ def _static_config(args: ExportArguments, base: Path, shape: BaseShape) -> ModCo
     """What is dropped for good: listed by the base itself, or named by the flags."""
     if args.granularity is None and (skipped := skip_lists(read_json(base / CONFIG_FILE), str(base))):
         return ModConfig.parse({"version": 1, "base_model": args.model, **skipped}, "per_layer_config")
-    if args.granularity is None or not args.granularity.endswith("_static"):
+    if args.granularity is None or not POLICIES[args.granularity].is_static:
         raise ConfigError("--routers is missing; only *_static granularities have none")
     return make_mod_config(args, shape, base_model=args.model)
 

@@ -8,6 +8,7 @@ import torch
 
 from vllm_mod.checkpoint import write_checkpoint
 from vllm_mod.config import ConfigError, ModConfig
+from vllm_mod.granularity import POLICIES
 
 from . import card
 from .arguments import FitArguments, check_output, make_mod_config, parse_window
@@ -82,7 +83,7 @@ def _checked(args: FitArguments) -> tuple[str, int]:
         raise ConfigError("--window: fit needs one; only the tokens of a window look the same whatever is skipped")
     if not 0 < args.target_capacity < 1:
         raise ConfigError(f"--target-capacity {args.target_capacity:g}: a number above 0 and below 1 is needed")
-    return args.granularity.removesuffix("_sequence"), window
+    return POLICIES[args.granularity].target, window
 
 
 def _routers(

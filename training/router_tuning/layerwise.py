@@ -150,15 +150,14 @@ def sublayer(model: Any, batch: Batch, states: Tensor, layer: int) -> tuple[Tens
     tokens are hidden, as they will be.
     """
     state = routing_of(model)
-    module, target = decoder_layers(model)[layer], state.config.target
-    names = ["self_attn"] * (target != "mlp") + ["mlp"] * (target != "attn")
+    module, policy = decoder_layers(model)[layer], state.config.policy
     norms = architecture_of_model(model).post_norms
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
 
     def note_input(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         x = args[0] if args else kwargs["hidden_states"]
-        if state.config.level == "token" and target != "mlp" and not inputs:
+        if policy.packs_kv and not inputs:
             keep = state.decide(layer, x).keep
             kwargs = kwargs | {"attention_mask": hide_skipped_keys(kwargs.get("attention_mask"), keep, x.dtype)}
         inputs.append(x)
@@ -170,14 +169,14 @@ def sublayer(model: Any, batch: Batch, states: Tensor, layer: int) -> tuple[Tens
     with contextlib.ExitStack() as stack:
         stack.enter_context(_running(model, states, layer, layer + 1))
         stack.enter_context(routing(model, batch["prompt_mask"].to(model.device)))
-        for name in names:
+        for name in policy.sublayers:
             part = getattr(module, name)
             added = getattr(module, norms[name]) if name in norms else part
             for each in {part, added}:
                 stack.enter_context(stock(each))  # no decision, no patch
             stack.callback(part.register_forward_pre_hook(note_input, with_kwargs=True).remove)
             stack.callback(added.register_forward_hook(note_output).remove)
-        if target == "attn":  # the MLP's output is not needed
+        if not policy.skips_mlp:  # the MLP's output is not needed
             stack.callback(setattr, module, "mlp", module.mlp)
             module.mlp = _HandOn()
         _forward(model, batch)

@@ -89,7 +89,7 @@ def _check_flags(args: RouterArguments, config: ModConfig) -> None:
         raise ConfigError(f"--lora-dropout {args.lora_dropout}: a number from 0 to below 1 is needed")
     if not 0 < args.lora_learning_rate < math.inf:
         raise ConfigError(f"--lora-learning-rate {args.lora_learning_rate}: a positive number is needed")
-    if args.lora_output == "adapter" and config.target == "expert":
+    if args.lora_output == "adapter" and config.policy.by_experts:
         raise ConfigError(f"--lora-output adapter: no adapter is served with {config.granularity}; use merged")
 
 

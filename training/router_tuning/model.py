@@ -30,7 +30,7 @@ from .experts import gate_experts
 from .hub import warn_of_strangers
 from .lora import ADAPTER_DIR, load_adapter
 from .routing import LinearPatch, Router, Routing, routing_of
-from .sublayers import MIXINS, PostNorm, make_skippable
+from .sublayers import PostNorm, make_skippable, mixins_of
 
 
 def architecture_of_model(model: nn.Module) -> Architecture:
@@ -72,7 +72,7 @@ def attach_routers(
     if hasattr(model, "_mod_routing"):
         raise ConfigError("this model has routers already")
     implementation = getattr(hf_config, "_attn_implementation", "eager")
-    if config.level == "token" and "self_attn" in MIXINS[config.target] and implementation not in ("sdpa", "eager"):
+    if config.policy.packs_kv and implementation not in ("sdpa", "eager"):
         raise ConfigError(
             f"{config.granularity} masks single keys, which attn_implementation={implementation!r} cannot; "
             "use 'sdpa' or 'eager'"
@@ -85,7 +85,7 @@ def attach_routers(
     holders: dict[int, nn.Module] = {}
     for i in config.layers:
         device = next(layers[i].parameters()).device
-        rows = (shape.num_experts or 0) if config.target == "expert" else 1
+        rows = config.policy.router_rows(shape.num_experts)
         holders[i] = nn.Module() if config.is_static else Router(shape.hidden_size, device, rows)
         if isinstance(holder := holders[i], Router):
             routing.routers[i] = holder
@@ -95,11 +95,11 @@ def attach_routers(
     for i in config.layers:
         if routing.routers or routing.patches:
             layers[i].router = holders[i]
-        for part, mixin in MIXINS[config.target].items():
+        for part, mixin in mixins_of(config.policy).items():
             make_skippable(getattr(layers[i], part), mixin, i, routing)
             if part in row.post_norms:
                 make_skippable(getattr(layers[i], row.post_norms[part]), PostNorm, i, routing)
-        if config.target == "expert":
+        if config.policy.by_experts:
             gate_experts(layers[i].mlp, i, routing)
     model._mod_routing = routing  # type: ignore[assignment]
     model.register_forward_pre_hook(_note_padding, with_kwargs=True)

@@ -37,7 +37,7 @@ _MORE = "give more --data or --max-samples, or a lower rank"
 
 def check_rank(rank: int, config: ModConfig, hidden_size: int, flag: str) -> None:
     """Raise ConfigError, naming `flag`, unless patches of this rank can be had."""
-    if config.target == "expert":
+    if config.policy.by_experts:
         raise ConfigError(f"{flag}: {config.granularity} has no patches; attn_*, mlp_* and block_* may have them")
     if rank > hidden_size:
         raise ConfigError(f"{flag} {rank}: the model's hidden size is {hidden_size}, so no patch has a higher rank")
@@ -150,14 +150,14 @@ def _give(state: Routing, layer: int, patch: Patch, model: Any) -> None:
 class _Chance(nn.Module):
     """In place of a router: it keeps by chance, as often as it shall, a request or a token at a time."""
 
-    def __init__(self, level: str, cutoff: float, kept: float, seed: int) -> None:
+    def __init__(self, by_token: bool, cutoff: float, kept: float, seed: int) -> None:
         super().__init__()
-        self.level, self.level_of_keeping, self.draws = level, cutoff + kept, torch.Generator().manual_seed(seed)
+        self.by_token, self.level_of_keeping, self.draws = by_token, cutoff + kept, torch.Generator().manual_seed(seed)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: `[B, T, hidden]` -> scores `[B, T]`, equal within a request at sequence level."""
         batch, length = x.shape[:2]
-        drawn = torch.rand(batch, length if self.level == "token" else 1, generator=self.draws)
+        drawn = torch.rand(batch, length if self.by_token else 1, generator=self.draws)
         return (self.level_of_keeping - drawn).expand(batch, length).to(x.device)
 
 
@@ -169,7 +169,7 @@ def _chance(state: Routing, quiet: bool) -> Iterator[None]:
     if untrained and not quiet:
         log.warning("routers of layers %s are zero: while patches are fitted, chance keeps %g", list(untrained), kept)
     for layer in untrained:
-        state.routers[layer] = _Chance(state.config.level, state.cutoff(layer), kept, layer)  # type: ignore[assignment]
+        state.routers[layer] = _Chance(state.config.policy.by_token, state.cutoff(layer), kept, layer)  # type: ignore[assignment]
     try:
         yield
     finally:

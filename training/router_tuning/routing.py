@@ -127,7 +127,7 @@ class Routing:
     def decide(self, layer: int, x: Tensor) -> Decision:
         """x: `[B, T, hidden]`, the sublayer's normed input. Scores it, decides, and remembers the decision."""
         score = self.routers[layer](x)
-        if self.config.level == "token":
+        if self.config.policy.by_token:
             return self.decide_on(layer, score)
         deciding = self.deciding(score.shape, score.device)
         decision = self.decide_on(layer, segment_means(score[deciding], deciding.sum(1)))

@@ -76,7 +76,7 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
     if args.patch_rank is not None:
         check_rank(args.patch_rank, config, shape.hidden_size, "--patch-rank")
         _patch_batches(args, config, train_set, 1)
-    if args.layers is None and config.target != "expert":
+    if args.layers is None and not config.policy.by_experts:
         args.layers = [str(i) for i in selection.choose(args, training_args, shape, base, train_set, state)]
         config = _checked_config(args, shape)
         adapter = lora.adapter_config(args, config, base, shape)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from vllm_mod.checkpoint import BaseShape
 from vllm_mod.config import ConfigError, ModConfig
+from vllm_mod.granularity import POLICIES
 
 from .arguments import RouterArguments, parse_window
 from .data import Collator
@@ -154,7 +155,7 @@ def _measured(args: RouterArguments, training_args: Any, shape: BaseShape, base:
     window, quiet = parse_window(args.window), bool(training_args.disable_tqdm)
     model = load_base(base, torch.bfloat16 if training_args.bf16 else torch.float32).to(training_args.device).eval()
     place = check_writable(Path(args.output), Path(args.output).absolute().parent)
-    target = args.granularity.split("_")[0]
+    target = POLICIES[args.granularity].target
     log.info(
         "choosing layers: what skipping each of %d costs, on %d samples", shape.num_layers, min(SAMPLES, len(samples))
     )

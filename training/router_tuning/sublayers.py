@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vllm_mod.granularity import Policy
+
 from .routing import Decision, Routing
 
 
@@ -74,7 +76,7 @@ class RoutedAttention(nn.Module):
         if routing.config.is_static:
             return routing.joined(layer, hidden_states, partial(skipped, stand_in=stand_in)), None
         decision = routing.decide(layer, hidden_states)
-        if routing.config.level == "token":
+        if routing.config.policy.by_token:
             # At sequence level nothing that is kept could see a skipped key: it is in another row, or before it (the
             # window's tokens).
             mask = hide_skipped_keys(kwargs.get("attention_mask"), decision.keep, hidden_states.dtype)
@@ -121,13 +123,12 @@ class PostNorm(nn.Module):
         return self._mod_routing.waiting.pop(self._mod_layer)(super().forward(hidden_states))
 
 
-#: Which sublayer gets which mixin, per target; experts are below a sublayer, see `experts`.
-MIXINS: dict[str, dict[str, type[nn.Module]]] = {
-    "attn": {"self_attn": RoutedAttention},
-    "mlp": {"mlp": RoutedMLP},
-    "block": {"self_attn": RoutedAttention, "mlp": FollowingMLP},
-    "expert": {},
-}
+def mixins_of(policy: Policy) -> dict[str, type[nn.Module]]:
+    """Which sublayer gets which mixin; experts are below a sublayer, see `experts`."""
+    if policy.by_experts:
+        return {}
+    mixins = {"self_attn": RoutedAttention, "mlp": FollowingMLP if policy.whole_block else RoutedMLP}
+    return {name: mixins[name] for name in policy.sublayers}
 
 
 @cache

@@ -68,7 +68,7 @@ def kept_by_layer(model, config: ModConfig, data: Path, checkpoint: Path) -> dic
     samples, _ = tokenize(read_sources([str(data)])[str(data)], AutoTokenizer.from_pretrained(checkpoint), 64)
     keep: dict[int, list[bool]] = {layer: [] for layer in config.layers}
     for sample in samples:
-        ids = sample["input_ids"][: sample["prompt_len"]] if config.level == "sequence" else sample["input_ids"]
+        ids = sample["input_ids"][: sample["prompt_len"]] if config.policy.by_request else sample["input_ids"]
         reference_logits(model, ids, sample["prompt_len"])
         for layer, decision in reference_decisions(model).items():
             keep[layer] += decision.flatten().tolist()

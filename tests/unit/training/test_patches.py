@@ -72,13 +72,13 @@ def by_hand(mod: ModConfig, layer: int, given: dict[int, Patch]) -> tuple[Tensor
         h, part = before.pop(), stock.layers[layer]
         rotary = stock.rotary_emb(h, torch.arange(len(ids))[None])
         mask, x = torch.full((1, 1, len(ids), len(ids)), -torch.inf).triu(1), part.input_layernorm(h)
-        if mod.level == "token" and mod.target != "mlp":
+        if mod.policy.packs_kv:
             mask = hide_skipped_keys(mask, (x @ random_routers()[layer][0]) >= 0, x.dtype)
         attention = part.self_attn(x, position_embeddings=rotary, attention_mask=mask)[0]
         normed = part.post_attention_layernorm(h + attention)
-        y = {"attn": attention, "mlp": part.mlp(normed), "block": attention + part.mlp(normed)}[mod.target]
+        y = {"attn": attention, "mlp": part.mlp(normed), "block": attention + part.mlp(normed)}[mod.policy.target]
         first = 0 if mod.window is None else min(mod.window, prompt)
-        xs.append((normed if mod.target == "mlp" else x)[0, first:])
+        xs.append((normed if not mod.policy.skips_attention else x)[0, first:])
         ys.append(y[0, first:])
     return torch.cat(xs), torch.cat(ys)
 
