@@ -28,6 +28,7 @@ from .lib.common import (
     RESULTS,
     command,
     command_line,
+    cpu_flags,
     llama_config,
     machine,
     markdown_table,
@@ -92,7 +93,7 @@ def server_flags(args: argparse.Namespace) -> list[str]:
     flags = {
         "load-format": "dummy", "tokenizer": TOKENIZER, "max-model-len": 2 * args.prompt + args.output_len,
         "max-num-seqs": args.max_num_seqs, "kv-cache-memory-bytes": args.kv_cache_memory_bytes, "block-size": 32,
-        "served-model-name": "model",
+        "served-model-name": "model", **cpu_flags(),
     }  # fmt: skip
     return ["--enforce-eager", *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
 

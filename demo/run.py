@@ -197,6 +197,7 @@ def served(checkpoint: Path, log: str) -> Iterator[Server]:
     longest = str(min(1024, config["max_position_embeddings"]))
     flags = ["--served-model-name", "demo", "--max-model-len", longest, "--kv-cache-memory-bytes", str(256 << 20)]
     flags += ["--enforce-eager"]  # a quicker start, and no C++ compiler needed
+    flags += ["--dtype", "float32"]  # bfloat16 takes several times as long on CPUs without AVX512 or AMX
     env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
     print("$", shlex.join(["vllm", "serve", _short(checkpoint), *flags]), f"   # log: {_short(OUTPUT)}/{log}")
     print("waiting for /health, about a minute ...", flush=True)

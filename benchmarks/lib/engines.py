@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .common import metric_totals, progress, routed_pairs
+from .common import cpu_flags, metric_totals, progress, routed_pairs
 
 _state: dict[str, Any] = {}  # of an engine's own process
 
@@ -119,7 +119,7 @@ def engine_flags(args: Any, longest: int, batched_tokens: int, requests: int) ->
         "enable_prefix_caching": caching, "enable_chunked_prefill": caching,
         "max_num_batched_tokens": 2048 if caching else batched_tokens,
         "block_size": args.block_size, "max_num_seqs": requests, "disable_log_stats": False,
-        "kv_cache_memory_bytes": args.kv_cache_memory_bytes,
+        "kv_cache_memory_bytes": args.kv_cache_memory_bytes, **cpu_flags(),
         **({} if share is None else {"gpu_memory_utilization": share}),
     }  # fmt: skip
 
