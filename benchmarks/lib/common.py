@@ -124,7 +124,7 @@ def _stdout_to_stderr() -> None:
 
 
 def cpu_flags() -> dict[str, str]:
-    """vLLM's, where it runs on a CPU: its default, bfloat16, takes several times as long there without AVX512 or AMX."""
+    """vLLM's, on a CPU: its default, bfloat16, takes several times as long there without AVX512 or AMX."""
     from vllm.platforms import current_platform
 
     return {"dtype": "float32"} if current_platform.is_cpu() else {}

@@ -14,6 +14,16 @@ PYTHON = os.path.realpath(sys.executable)  # starts faster than that of an envir
 TORCH = "2.13.0+cpu"
 CALLS = 4  # of pip, in a set-up from the lock
 
+
+def make(*words: str, root: Path = ROOT, **env: str) -> list[str]:
+    """What `make` prints, as from a shell: a `make test VLLM=...` that runs us hands its own variables down."""
+    outer = {"MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "VLLM", "ARGS", "VENV", "PYTHON"}
+    inherited = {name: value for name, value in os.environ.items() if name not in outer}
+    command = ["make", "--no-print-directory", *words]
+    done = subprocess.run(command, cwd=root, env=inherited | env, check=True, capture_output=True, text=True)
+    return [line.rstrip() for line in done.stdout.splitlines()]
+
+
 #: Stands for pip and uv. `faults` says what it lacks and at which of its calls something happens to the set-up.
 FAKE = """
 import json, os, re, signal, sys, tomllib

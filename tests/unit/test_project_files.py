@@ -1,7 +1,6 @@
 """Files about the project say what the project does: hooks and workflows call what the Makefile has."""
 
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +8,15 @@ import pytest
 import tomllib
 import yaml
 
+from tests.support.setup import make
+
 ROOT = Path(__file__).parents[2]
 
 
 def commands(target: str) -> list[str]:
     """What `make target` runs after the set-up."""
-    command = ["make", "--dry-run", "--no-print-directory", "PYTHON=python3", *target.split()]
-    lines = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
-    return [line.rstrip() for line in lines if "requirements/install.py" not in line]
+    lines = make("--dry-run", "PYTHON=python3", *target.split())
+    return [line for line in lines if "requirements/install.py" not in line]
 
 
 def test_hooks_are_what_make_lint_runs():

@@ -2,12 +2,10 @@
 
 import os
 import shutil
-import subprocess
-from collections.abc import Sequence
 
 import pytest
 
-from tests.support.setup import CALLS, PYTHON, ROOT, lock, pins_of
+from tests.support.setup import CALLS, PYTHON, ROOT, lock, make, pins_of
 
 
 def changed(pins: dict[str, str]) -> dict[str, str]:
@@ -93,10 +91,9 @@ def test_a_release_nobody_has_tried_is_refused_before_the_work(project):
     assert project.state() == before
 
 
-def makefile(*arguments: str) -> Sequence[str]:
+def makefile(*arguments: str) -> list[str]:
     """The commands that make would run."""
-    command = ["make", "--dry-run", "--no-print-directory", "PYTHON=python3", *arguments]
-    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    return make("--dry-run", "PYTHON=python3", *arguments)
 
 
 def test_the_makefile_gives_each_release_an_environment_of_its_own():
@@ -104,7 +101,14 @@ def test_the_makefile_gives_each_release_an_environment_of_its_own():
     assert setup == "python3 requirements/install.py --venv .venv-0.31 --vllm 0.31.0"
     assert pytest_command.startswith(".venv-0.31/bin/python -m pytest ")
     assert makefile("lint", "VLLM=newest")[0] == "python3 requirements/install.py --venv .venv-newest --vllm newest"
-    assert [line.rstrip() for line in makefile("setup")] == ["python3 requirements/install.py --venv .venv"]
+    assert makefile("setup") == ["python3 requirements/install.py --venv .venv"]
+
+
+def test_what_an_outer_make_was_given_is_no_part_of_it(monkeypatch):
+    """`make test VLLM=0.31.0` runs these very tests."""
+    monkeypatch.setenv("MAKEFLAGS", " -- VLLM=0.31.0")
+    monkeypatch.setenv("VLLM", "0.31.0")
+    assert makefile("setup") == ["python3 requirements/install.py --venv .venv"]
 
 
 def test_a_path_with_a_space_gets_its_environment_elsewhere(project):
@@ -112,9 +116,8 @@ def test_a_path_with_a_space_gets_its_environment_elsewhere(project):
     shutil.copy(ROOT / "Makefile", project.root)
     env = {"XDG_CACHE_HOME": str(project.tmp / "cache"), "PYTHONPATH": str(project.tmp / "fakes")}
     env |= {"CALLS": str(project.tmp / "calls"), "FAULTS": "{}"}
-    command = ["make", "setup", f"PYTHON={PYTHON}"]
     for _ in range(2):
-        subprocess.run(command, cwd=project.root, env=os.environ | env, check=True, capture_output=True)
+        make("setup", f"PYTHON={PYTHON}", root=project.root, **env)
         assert project.venv.is_symlink()
         assert " " not in str(project.venv.resolve())
         assert project.venv.resolve().is_relative_to(project.tmp / "cache")

@@ -26,7 +26,7 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
     """A tiny Llama with random weights, stored as 4 bits where a real one is; returns what it was made of."""
     from tokenizers import pre_tokenizers
 
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "the"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(256)
     writer.add_embedding_length(HIDDEN)
@@ -41,7 +41,7 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3))
-    writer.add_token_merges(["t h"])
+    writer.add_token_merges(["t h", "th e"])  # of a single one transformers 5.17 reads the letters
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
