@@ -42,7 +42,7 @@ test: setup ## run the test suite (all but the tests marked slow), two modules a
 
 .PHONY: test-slow
 test-slow: setup ## soak, two-process and large parity tests
-	$(BIN)/python -m pytest -n 2 --dist loadscope -m slow $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m 'slow and not nightly' $(ARGS)
 
 .PHONY: test-nightly
 test-nightly: setup ## what takes too long before each merge

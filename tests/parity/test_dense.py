@@ -25,10 +25,11 @@ LAYERS = [1, 2, 3]
 LENGTHS = (3, 40, 1, 70, 33, 100)
 DYNAMIC = ["attn_token", "attn_sequence", "mlp_token", "mlp_sequence", "block_token", "block_sequence"]
 GRANULARITIES = [*DYNAMIC, "attn_static", "mlp_static", "block_static"]
-#: Each granularity once per `make test` is enough for what architectures share; see `test_architectures` for the rest.
+#: Each granularity once per merge is enough for what architectures share: `test_architectures` has all the others with
+#: windows and patches.
 QUICK = ("qwen2", "qwen3", "mistral")
 CASES = [
-    pytest.param(model, granularity, marks=() if model in QUICK else pytest.mark.slow, id=f"{model}-{granularity}")
+    pytest.param(model, granularity, marks=() if model in QUICK else pytest.mark.nightly, id=f"{model}-{granularity}")
     for model in SHAPES
     for granularity in GRANULARITIES
 ]

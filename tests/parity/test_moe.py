@@ -35,10 +35,11 @@ DYNAMIC = [
 STATIC = ["attn_static", "mlp_static", "block_static"]
 GRANULARITIES = [*DYNAMIC, *STATIC]
 CACHING = ["mlp_token", "expert_token", *STATIC]  #: cached prefixes may be used
-#: Each granularity once per `make test` is enough for what architectures share; see `test_architectures` for the rest.
+#: Each granularity once per merge is enough for what architectures share: `test_architectures` has all the others with
+#: windows and patches.
 QUICK = ("olmoe", "deepseek")
 CASES = [
-    pytest.param(model, granularity, marks=() if model in QUICK else pytest.mark.slow, id=f"{model}-{granularity}")
+    pytest.param(model, granularity, marks=() if model in QUICK else pytest.mark.nightly, id=f"{model}-{granularity}")
     for model in SHAPES
     for granularity in GRANULARITIES
 ]

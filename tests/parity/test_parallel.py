@@ -24,6 +24,7 @@ PARALLEL: dict[str, dict[str, Any]] = {
 }
 
 pytestmark = pytest.mark.slow
+NIGHTLY = pytest.mark.nightly  #: where two ranks meet nothing that other rows lack
 
 
 GRANULARITIES = ["attn_sequence", "attn_token", "block_sequence", "mlp_token", "block_static"]
@@ -57,10 +58,10 @@ PATCH = {"patch": {"rank": 4}}
 @pytest.mark.parametrize(
     ("parallel", "model", "granularity", "more"),
     [
-        ("tp", "phi3", "mlp_token", {}),
-        ("tp", "granite", "block_token", PATCH),
+        pytest.param("tp", "phi3", "mlp_token", {}, marks=NIGHTLY),
+        pytest.param("tp", "granite", "block_token", PATCH, marks=NIGHTLY),
         ("tp", "gemma2", "attn_sequence", PATCH),
-        ("tp", "gemma3_text", "mlp_sequence", PATCH),
+        pytest.param("tp", "gemma3_text", "mlp_sequence", PATCH, marks=NIGHTLY),
         ("pp", "gemma2", "block_sequence", {}),
     ],
 )
@@ -77,12 +78,12 @@ def test_other_dense_models_on_two_ranks(
         ("tp", "olmoe", "mlp_sequence"),
         ("tp", "deepseek", "expert_token"),
         ("tp", "deepseek", "block_token"),
-        ("pp", "olmoe", "expert_token"),
+        pytest.param("pp", "olmoe", "expert_token", marks=NIGHTLY),
         ("pp", "deepseek", "expert_token"),
-        ("tp", "mixtral", "expert_token"),
-        ("pp", "mixtral", "mlp_static"),
+        pytest.param("tp", "mixtral", "expert_token", marks=NIGHTLY),
+        pytest.param("pp", "mixtral", "mlp_static", marks=NIGHTLY),
         ("tp", "qwen3_moe", "expert_token"),
-        ("pp", "qwen3_moe", "expert_token"),
+        pytest.param("pp", "qwen3_moe", "expert_token", marks=NIGHTLY),
     ],
 )
 def test_experts_on_two_ranks(tmp_path: Path, parallel: str, model: str, granularity: str) -> None:

@@ -47,11 +47,11 @@ def generate_with(llm: object, adapter: Path, prompts: list[list[int]], max_toke
 
 CASES = [("llama", granularity) for granularity in ("attn_sequence", "attn_token", "mlp_token")]
 #: Fused linears, outputs that are multiplied or normed before they are added, experts.
-SLOW = [(model, "attn_sequence") for model in ("phi3", "granite", "gemma2", "gemma3_text", "qwen3_moe", "mixtral")]
+NIGHTLY = [(model, "attn_sequence") for model in ("phi3", "granite", "gemma2", "gemma3_text", "qwen3_moe", "mixtral")]
 
 
 @pytest.mark.parametrize(
-    ("model", "granularity"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+    ("model", "granularity"), [*CASES, *(pytest.param(*case, marks=pytest.mark.nightly) for case in NIGHTLY)]
 )
 def test_merged_and_adapter_are_served_the_same(data: Path, tmp_path: Path, model: str, granularity: str) -> None:
     base = tiny_model(tmp_path / "base", model, **SHAPES.get(model, {}))
