@@ -10,6 +10,7 @@ from vllm.logger import init_logger
 from .checkpoint import read_routers
 from .compilation import set_compilation
 from .config import ConfigError, ModConfig
+from .expert_adapters import experts_without_adapters, leave_out_experts
 from .hooks import ChainedHook, refuse_other_formats
 from .interfaces import check_vllm
 from .plan import plan_of, shape_of
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 logger = init_logger("vllm." + __name__)  # only loggers below "vllm" are shown
 
 CONNECTOR = "MoDConnector"
-#: Linears of a model with experts that LoRA adapters may change on the CPU: all but those of its routed experts.
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate")
 #: Load formats that do not read a checkpoint's own files: no weights at all, or a state of vLLM's, routers included.
 OWN_FILES = ("dummy", "sharded_state", "runai_streamer_sharded", "tensorizer")
 #: Attention metadata that can be rebuilt for a subset of the rows; FlashInfer plans its kernels on the host.
@@ -40,8 +39,7 @@ class MoDEngineConfig(ChainedHook):
         plan = plan_of(vllm_config)
         config = plan.config
         check_routers(vllm_config, config)
-        if experts_without_adapters(vllm_config):
-            _leave_out_experts(vllm_config)
+        leave_out_experts(vllm_config)
         if not config.is_static:
             refuse_what_cannot_work(vllm_config, config)
             make_settings(vllm_config, config)
@@ -109,27 +107,6 @@ def _refuse_for_experts(vllm_config: VllmConfig, config: ModConfig) -> None:
         )
     if config.policy.by_experts and parallel.enable_eplb:
         raise ConfigError("expert_token routing cannot be served with experts that move; drop --enable-eplb")
-
-
-def experts_without_adapters(vllm_config: VllmConfig) -> bool:
-    """LoRA is on, the model has routed experts, and vLLM has no kernel that would give these an adapter (CPU)."""
-    from vllm.platforms import current_platform
-
-    experts = shape_of(vllm_config).num_experts
-    return bool(experts) and vllm_config.lora_config is not None and current_platform.is_cpu()
-
-
-def _leave_out_experts(vllm_config: VllmConfig) -> None:
-    lora = vllm_config.lora_config
-    assert lora is not None
-    if lora.target_modules is None:
-        logger.info("LoRA: adapters may change %s (no CPU kernel for those of routed experts)", ", ".join(LINEARS))
-        lora.target_modules = list(LINEARS)
-    elif any(name.split(".")[0] == "experts" for name in lora.target_modules):
-        raise ConfigError(
-            "on the CPU vLLM has no kernel for LoRA adapters on routed experts; "
-            f"pass --lora-target-modules {' '.join(LINEARS)}, or a part of these"
-        )
 
 
 def _sliding_layers(vllm_config: VllmConfig, config: ModConfig) -> list[int]:

@@ -13,19 +13,15 @@ model's own gate) nothing is taken out of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import VllmConfig
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExpertsOrder
 
 from .config import ConfigError
 from .decode import DecodeStep
-from .engine import experts_without_adapters
 from .gate import keeps, pair_scores
 from .routing import Routing
 from .stats import RoutingCounts
@@ -115,15 +111,3 @@ def route_experts(
     route_mlp(module, name, route, routing, forward_context)
     swap_class(experts[0], _GatedExperts)
     experts[0].route, experts[0].routing = route, routing
-
-
-@contextmanager
-def kernels_without_adapters(vllm_config: VllmConfig) -> Iterator[None]:
-    """For building a model: stock MoE layers choose a kernel for adapters, which the CPU has not, as LoRA is on."""
-    lora = vllm_config.lora_config
-    if experts_without_adapters(vllm_config):
-        vllm_config.lora_config = None
-    try:
-        yield
-    finally:
-        vllm_config.lora_config = lora

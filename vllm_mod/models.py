@@ -14,10 +14,10 @@ from vllm.model_executor.models.utils import PPMissingLayer
 
 from .architectures import ARCHITECTURES, Architecture, architecture_of
 from .backend import stepping_backend
-from .compat import forget_layer, layers_by_name, leave_out_of_lora, stock_model_class
+from .compat import forget_layer, layers_by_name, stock_model_class
 from .config import ConfigError, ModConfig
-from .engine import experts_without_adapters
-from .experts import kernels_without_adapters, route_experts
+from .expert_adapters import AdaptersBesideExperts
+from .experts import route_experts
 from .kv.attention import track_requests
 from .loading import RoutedWeights
 from .patch import Patch
@@ -27,13 +27,12 @@ from .step import Route, Router
 from .sublayers import Skipped, norm_inside, route_attention, route_mlp
 
 
-class MoDModel(RoutedWeights, nn.Module):
+class MoDModel(AdaptersBesideExperts, RoutedWeights, nn.Module):
     """Mixin before a stock `…ForCausalLM` whose `model.layers` have `self_attn` and an MLP (see `architectures`)."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        with kernels_without_adapters(vllm_config):
+        with self._building(vllm_config):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self._adapters_on_experts = not experts_without_adapters(vllm_config)
         plan = plan_of(vllm_config)
         self.mod_config, self.mod_shape = plan.config, plan.shape
         self.mod_row = architecture_of(plan.shape.architecture)
@@ -64,17 +63,6 @@ class MoDModel(RoutedWeights, nn.Module):
             if isinstance(module, Attention):
                 module.attn_backend = stepping_backend(module.attn_backend)
                 module.mod_routing, module.mod_mailbox = self.routing, self.routing.mailbox
-
-    @property
-    def lora_manager(self) -> Any:
-        """vLLM's, which it sets here once it has wrapped the model's linears."""
-        return self._lora_manager
-
-    @lora_manager.setter
-    def lora_manager(self, manager: Any) -> None:
-        self._lora_manager = manager
-        if not self._adapters_on_experts:  # or an adapter's weights for them would be left out in silence
-            leave_out_of_lora(manager, "experts")
 
     def _layers_to_change(self) -> dict[int, nn.Module]:
         """Routed layers that live on this pipeline rank; ConfigError if the architecture is of another kind."""

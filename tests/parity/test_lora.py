@@ -20,10 +20,13 @@ TARGETS = {
 }
 LAYERS = {"llama": [1, 2, 4, 5, 6], "olmoe": [1, 2, 3], "deepseek": [1, 2, 3]}
 DENSE = ["attn_sequence", "attn_token", "mlp_sequence", "mlp_token", "block_sequence", "block_token", "block_static"]
-CASES = [
-    *(("llama", granularity) for granularity in DENSE),
-    *(("olmoe", granularity) for granularity in ("expert_token", "attn_token", "mlp_sequence", "mlp_static")),
-    *(("deepseek", granularity) for granularity in ("expert_token", "attn_sequence", "mlp_token", "block_token")),
+WINDOWED = {"window": 24, "patch": {"rank": 4}}
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    *(("llama", granularity, {}) for granularity in DENSE),
+    *(("llama", granularity, WINDOWED) for granularity in ("attn_sequence", "block_sequence")),
+    *(("olmoe", granularity, {}) for granularity in ("expert_token", "attn_token", "mlp_sequence", "mlp_static")),
+    *(("deepseek", granularity, {}) for granularity in ("expert_token", "attn_sequence", "mlp_token", "block_token")),
+    ("deepseek", "mlp_sequence", WINDOWED),
 ]
 Adapter = tuple[Path, Path, Path]
 
@@ -84,12 +87,14 @@ def _generate(llm: Any, prompts: list[list[int]], adapter: Path) -> list[Answer]
 OPTIONS = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
 
 
-@pytest.mark.parametrize(("model", "granularity"), CASES)
-def test_mixed_batch(adapter_of: Callable[[str], Adapter], tmp_path: Path, model: str, granularity: str) -> None:
+@pytest.mark.parametrize(("model", "granularity", "config"), CASES)
+def test_mixed_batch(
+    adapter_of: Callable[[str], Adapter], tmp_path: Path, model: str, granularity: str, config: dict[str, Any]
+) -> None:
     base, adapter, merged_base = adapter_of(model)
     layers = LAYERS[model]
-    checkpoint = routed_checkpoint(base, tmp_path / "plain", granularity, layers)
-    merged = routed_checkpoint(merged_base, tmp_path / "merged", granularity, layers)
+    checkpoint = routed_checkpoint(base, tmp_path / "plain", granularity, layers, **config)
+    merged = routed_checkpoint(merged_base, tmp_path / "merged", granularity, layers, **config)
     prompts = random_prompts((3, 40, 17, 70, 33, 90), seed=4)
     with engine(checkpoint, **OPTIONS) as llm:
         wrapped = [n for n, m in runner_model(llm).named_modules() if type(m).__name__.endswith("WithLoRA")]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,13 @@ LENGTHS = (5, 40, 90, 17)
 DENSE = ["attn_sequence", "attn_token", "mlp_sequence", "mlp_token", "block_sequence", "block_token"]
 #: Attention, shared experts and the dense MLP are quantised; vLLM's int8 kernel for routed experts needs AMX.
 EXPERTS = ["expert_token", "attn_sequence", "mlp_token"]
-CASES = [("llama", granularity) for granularity in DENSE] + [("deepseek", granularity) for granularity in EXPERTS]
+WINDOWED = {"window": 24, "patch": {"rank": 4}}
+CASES = [
+    *(("llama", granularity, {}) for granularity in DENSE),
+    *(("llama", granularity, WINDOWED) for granularity in ("attn_sequence", "block_sequence")),
+    *(("deepseek", granularity, {}) for granularity in EXPERTS),
+    ("deepseek", "mlp_sequence", WINDOWED),
+]
 
 
 def _quantise(path: Path) -> Path:
@@ -52,34 +59,35 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def plain_answers(
-    bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, str], list[Answer]]:
+def plain_answers(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Answer]]:
     """Of a stock base, or of a static drop of it."""
-    made: dict[tuple[str, str], list[Answer]] = {}
+    made: dict[tuple[str, str, bool], list[Answer]] = {}
 
-    def answers(model: str, name: str) -> list[Answer]:
-        if (model, name) not in made:
+    def answers(model: str, name: str, patch: dict[str, int] | None = None) -> list[Answer]:
+        key = model, name, patch is not None
+        if key not in made:
             path = bases[model]
             if name != "stock":
-                path = routed_checkpoint(path, tmp_path_factory.mktemp(name) / "c", name, LAYERS[model])
+                config = {} if patch is None else {"patch": patch}
+                path = routed_checkpoint(path, tmp_path_factory.mktemp(name) / "c", name, LAYERS[model], **config)
             with engine(path) as llm:
-                made[model, name] = generate(llm, random_prompts(LENGTHS), 12)
-        return made[model, name]
+                made[key] = generate(llm, random_prompts(LENGTHS), 12)
+        return made[key]
 
     return answers
 
 
-@pytest.mark.parametrize(("model", "granularity"), CASES)
+@pytest.mark.parametrize(("model", "granularity", "config"), CASES)
 def test_quantised_base(
     bases: dict[str, Path],
-    plain_answers: Callable[[str, str], list[Answer]],
+    plain_answers: Callable[..., list[Answer]],
     tmp_path: Path,
     model: str,
     granularity: str,
+    config: dict[str, Any],
 ) -> None:
     prompts = random_prompts(LENGTHS)
-    routed = routed_checkpoint(bases[model], tmp_path / "routed", granularity, LAYERS[model])
+    routed = routed_checkpoint(bases[model], tmp_path / "routed", granularity, LAYERS[model], **config)
     answers = {}
     for name, mod in (("keep", {"force": "keep"}), ("skip", {"force": "skip"}), ("routed", {})):
         with engine(routed, mod) as llm:
@@ -91,6 +99,7 @@ def test_quantised_base(
                 assert layer.router.weight.dtype == torch.float32
     assert_same(plain_answers(model, "stock"), answers["keep"])
     if granularity != "expert_token":  # shared experts are left there
-        assert_same(plain_answers(model, granularity.split("_")[0] + "_static"), answers["skip"])
+        static = granularity.split("_")[0] + "_static"
+        assert_same(plain_answers(model, static, config.get("patch")), answers["skip"])
     assert_same(answers["routed"], alone)
     assert answers["routed"] not in (answers["keep"], answers["skip"])

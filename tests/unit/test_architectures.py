@@ -12,7 +12,7 @@ from torch import nn
 
 from tests.support.architectures import DENSE, EXPERTS
 from tests.support.models import edit_json, routed_checkpoint, tiny_model
-from vllm_mod import engine, models
+from vllm_mod import engine, expert_adapters, models
 from vllm_mod.architectures import ARCHITECTURES, Architecture, architecture_of
 from vllm_mod.checkpoint import BaseShape, check_routers, read_json, router_name
 from vllm_mod.config import ConfigError, ModConfig, default_layers
@@ -159,7 +159,7 @@ def test_guards_see_the_experts_of_a_loaded_config(name: str) -> None:
         cache_config=SimpleNamespace(kv_offloading_size=None, kv_sharing_fast_prefill=False),
         lora_config=object(),
     )
-    assert engine.experts_without_adapters(vllm_config)
+    assert expert_adapters.experts_without_adapters(vllm_config)
     mod = ModConfig.parse({"version": 1, "granularity": "mlp_token", "layers": [2]}, "test")
     with pytest.raises(ConfigError, match="of a model with experts cannot be served data-parallel"):
         engine.refuse_what_cannot_work(vllm_config, mod)
