@@ -62,12 +62,19 @@ def summary(found: Answers, answers: Mapping[str, Answers], counts: Tensor) -> d
     for other in ("dense", "routed"):
         ratio, paired = perplexity_ratio(found.losses, answers[other].losses, counts)
         row |= {f"ratio_to_{other}": round(ratio, 4), f"ratio_to_{other}_standard_error": round(paired, 4)}
+    above, above_error = mean_per_token(found.divergence - answers["routed"].divergence, counts)
     return row | {
         "kl_to_dense": round(nats, 4),
         "kl_standard_error": round(nats_error, 4),
+        "kl_above_routed": round(above, 4),
+        "kl_above_routed_standard_error": round(above_error, 4),
         "same_token": round(mean_per_token(found.same, counts)[0], 4),
         "sublayers_skipped": round(float(found.skipped.mean()), 3),
     }
+
+
+def _rounded(sums: Tensor) -> list[float]:
+    return [round(value, 3) for value in sums.tolist()]
 
 
 def main() -> None:
@@ -88,19 +95,22 @@ def main() -> None:
     del models
     quality = {name: summary(found, answers, counts) for name, found in answers.items()}
     progress("kept ratio in vLLM")
-    prompts = [sample["input_ids"][: sample["prompt_len"]] for sample in samples]
+    prompts = [sample["input_ids"][: sample["prompt_len"]] for sample in samples[: len(counts)]]
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     kept = isolated(engine_kept, args.checkpoint, prompts, **environment)
     result = {
         "command": command("heldout"),
         "machine": machine(),
         "mod_config": config.to_dict(),
-        "samples": len(samples),
+        "samples": len(counts),
         "static_layers": args.static_layers,
         "quality": quality,
         "kept_ratio": kept,
     }
     write_json(args.output, result)
+    per_sample = {name: {"loss": _rounded(f.losses), "kl": _rounded(f.divergence)} for name, f in answers.items()}
+    beside = args.output.with_suffix(".samples.json")  # so that runs over other samples can be added up
+    beside.write_text(json.dumps({"answer_tokens": counts.int().tolist(), **per_sample}) + "\n")
     print(json.dumps({key: result[key] for key in ("quality", "kept_ratio")}))
 
 

@@ -21,19 +21,21 @@ from .compat import replaced
 class Subset:
     """Rows that keep a sublayer, and what their attention needs (None where no attention is involved)."""
 
-    tokens: Tensor  #: int64 `[n]`, row numbers in the batch, ascending
+    mask_host: Tensor  #: bool `[N]`, of all rows of the batch
+    tokens: Tensor  #: int64 `[n]`, their numbers, ascending
     requests: Tensor | None = None  #: int64 `[r]`: those that have rows among them
     metadata: Any = None
     slots: Tensor | None = None
-    _others: Tensor | None = None
 
-    def others(self, number: int) -> Tensor:
-        """int64: the rows of `number` in all that are not in the subset."""
-        if self._others is None:
-            rest = torch.ones(number, dtype=torch.bool, device=self.tokens.device)
-            rest[self.tokens] = False
-            self._others = rest.nonzero().flatten()
-        return self._others
+    @functools.cached_property
+    def others(self) -> Tensor:
+        """int64 `[N - n]`: the numbers of the other rows."""
+        return upload((~self.mask_host).nonzero().flatten(), self.tokens.device)
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """Host tensor to the device, without waiting for what that is doing."""
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
 class Rows:
@@ -66,8 +68,7 @@ class Rows:
         return torch.arange(self.num_tokens) - self.starts_host[self.request_of_token_host]
 
     def upload(self, values: Tensor) -> Tensor:
-        """Host tensor to the device, without waiting for what that is doing."""
-        return values if self.device.type == "cpu" else values.pin_memory().to(self.device, non_blocking=True)
+        return upload(values, self.device)
 
     def first_of_each(self, counts: Tensor) -> Subset:
         """The first `counts[r]` rows of each request r; counts: int64 `[R]`, host, neither all rows nor none.
@@ -76,10 +77,11 @@ class Rows:
         """
         active_host = counts.nonzero().flatten()
         active = self.upload(active_host)
-        tokens = self.upload((self.place_host < counts[self.request_of_token_host]).nonzero().flatten())
+        mask = self.place_host < counts[self.request_of_token_host]
+        tokens = self.upload(mask.nonzero().flatten())
         ends = (self.computed_host + counts)[active_host]
         cm = self.reduced(active, active_host, counts[active_host], self.upload(ends.to(torch.int32)), ends, tokens)
-        return Subset(tokens, active, self.build(cm))
+        return Subset(mask, tokens, active, self.build(cm))
 
     def reduced(
         self, requests: Tensor, requests_host: Tensor, lengths_host: Tensor, seq_lens: Tensor, seq_lens_host: Tensor,

@@ -147,7 +147,8 @@ class SequenceDecisions:
     def _score(self, route: Route, x: Tensor) -> None:
         column = route.column
         scores = row_scores(x[self._rows], route.router.weight)
-        sums = torch.segment_reduce(scores.double(), "sum", lengths=self._lengths)
+        # The check of lengths would wait for the device, in every layer; these were made on the host.
+        sums = torch.segment_reduce(scores.double(), "sum", lengths=self._lengths, unsafe=True)
         grid = sums.new_zeros(self._shape)
         grid[self._grid] = sums
         self._sums[:, column] = (grid.cumsum(1) + self._prior[:, column, None])[self._grid]

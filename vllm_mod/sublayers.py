@@ -125,7 +125,7 @@ def _add_patch(patch: Patch, kept: Kept, number: int, x: Tensor, output: Tensor)
     if kept.subset is None:
         output[:number] = patch(x[:number])
     else:
-        others = kept.subset.others(number)
+        others = kept.subset.others
         output.index_copy_(0, others, patch(x[others]))
 
 

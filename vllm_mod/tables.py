@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .kv.messages import NewPages
+from .rows import upload
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,7 @@ class PageTables:
         before = counts.cumsum(0) - counts
         blocks = torch.arange(len(slots)) + torch.repeat_interleave(torch.from_numpy(new.firsts) - before, counts)
         pages = torch.from_numpy(new.pages).T
-        device = self.pages.device
-        if device.type != "cpu":
-            slots, blocks, pages = (t.pin_memory().to(device, non_blocking=True) for t in (slots, blocks, pages))
+        slots, blocks, pages = (upload(values, self.pages.device) for values in (slots, blocks, pages))
         self.pages[:, slots, blocks] = pages
 
     def of(self, slots: Tensor, blocks: int) -> Tensor:

@@ -43,7 +43,7 @@ class TokenDecisions:
         return self._rows_of(route, keep) if with_attention else self._without_attention(keep, number == total)
 
     def _without_attention(self, keep: Tensor, everything: bool) -> Kept:
-        return ALL if everything else Kept(Subset(self._step.rows.upload(keep.nonzero().flatten())))
+        return ALL if everything else Kept(Subset(keep, self._step.rows.upload(keep.nonzero().flatten())))
 
     def _rows_of(self, route: Route, keep: Tensor) -> Kept:
         raise NotImplementedError  # only packed KV has attention
@@ -89,7 +89,7 @@ class PackedDecisions(TokenDecisions):
         ends = (stored + counts)[active]
         requests = rows.upload(active)
         cm = rows.reduced(requests, active, counts[active], rows.upload(ends.to(torch.int32)), ends, tokens)
-        subset = Subset(tokens, requests, rows.build(cm), slots.to(rows.cm.slot_mapping.dtype))
+        subset = Subset(keep, tokens, requests, rows.build(cm), slots.to(rows.cm.slot_mapping.dtype))
         return Kept(subset)
 
     def close(self) -> None:

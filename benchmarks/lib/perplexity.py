@@ -63,7 +63,8 @@ class Answers:
 def compare(systems: Mapping[str, Any], samples: Iterable[dict[str, Any]]) -> tuple[dict[str, Answers], Tensor]:
     """Of models that the reference runs, sample by sample, and the answers' tokens; the first is what is compared to.
 
-    At sequence level or static: what is skipped is the same for all tokens of an answer.
+    At sequence level or static: what is skipped is the same for all tokens of an answer. Ctrl-C ends it with the
+    samples that all systems have seen.
     """
     import torch
 
@@ -71,10 +72,11 @@ def compare(systems: Mapping[str, Any], samples: Iterable[dict[str, Any]]) -> tu
     from router_tuning.model import reference_logits
 
     found: dict[str, list[list[float]]] = {name: [] for name in systems}
-    counts = []
-    for sample in samples:
+    counts: list[int] = []
+
+    def measure(sample: dict[str, Any]) -> None:
         labels = torch.tensor(sample["labels"])[1:]
-        answer, first = labels != IGNORED, None
+        answer, first, seen = labels != IGNORED, None, {}
         for name, model in systems.items():
             logits = reference_logits(model, sample["input_ids"], sample["prompt_len"])[:-1][answer].log_softmax(-1)
             first = logits if first is None else first
@@ -85,8 +87,18 @@ def compare(systems: Mapping[str, Any], samples: Iterable[dict[str, Any]]) -> tu
                 (logits.argmax(-1) == first.argmax(-1)).sum(),
                 _skipped(model),
             ]
-            found[name].append([float(value) for value in row])
+            seen[name] = [float(value) for value in row]
+        for name, values in seen.items():
+            found[name].append(values)
         counts.append(int(answer.sum()))
+
+    try:
+        for sample in samples:
+            measure(sample)
+    except KeyboardInterrupt:
+        if len(counts) < 2:  # no error could be told
+            raise
+        progress(f"interrupted: the result is that of {len(counts)} samples")
     columns = {name: Answers(*torch.tensor(rows, dtype=torch.float64).T) for name, rows in found.items()}
     return columns, torch.tensor(counts, dtype=torch.float64)
 

@@ -50,4 +50,26 @@ def test_a_row_per_system(systems):
     assert rows["blocks"]["ratio_to_routed"] == pytest.approx(
         rows["blocks"]["perplexity"] / rows["routed"]["perplexity"], rel=1e-3
     )
+    assert rows["routed"]["kl_above_routed"] == 0
+    assert rows["blocks"]["kl_above_routed"] == pytest.approx(
+        rows["blocks"]["kl_to_dense"] - rows["routed"]["kl_to_dense"], abs=2e-4
+    )
     assert rows["routed"]["kl_to_dense"] > 0 and 0 <= rows["routed"]["same_token"] <= 1
+
+
+def test_what_was_measured_before_an_interrupt_counts(systems):
+    def interrupted():
+        yield from SAMPLES
+        raise KeyboardInterrupt
+
+    found, counts = perplexity.compare(systems, interrupted())
+    whole, _ = perplexity.compare(systems, SAMPLES)
+    assert len(counts) == len(SAMPLES)
+    assert all(torch.equal(found[name].losses, whole[name].losses) for name in systems)
+    with pytest.raises(KeyboardInterrupt):
+        perplexity.compare(systems, _at_once())
+
+
+def _at_once():
+    raise KeyboardInterrupt
+    yield

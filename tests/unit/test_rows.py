@@ -49,7 +49,7 @@ def test_the_first_rows_of_each(case: tuple[list[Request], int, int], data: st.D
         expected += range(start, start + count)
         start += query
     assert subset.tokens.tolist() == expected
-    assert sorted([*expected, *subset.others(rows.num_tokens).tolist()]) == list(range(rows.num_tokens))
+    assert sorted([*expected, *subset.others.tolist()]) == list(range(rows.num_tokens))
     active = [n for n, count in enumerate(counts) if count]
     cm = subset.metadata
     assert subset.requests is not None and subset.requests.tolist() == active
@@ -125,4 +125,4 @@ def test_metadata_that_layers_share_is_copied() -> None:
     shared = SimpleNamespace(block_table=1, seq_lens=2)
     assert with_table(shared, torch.tensor(3)).block_table == 3
     assert shared.block_table == 1
-    assert Subset(torch.tensor([1, 2])).others(4).tolist() == [0, 3]
+    assert Subset(torch.tensor([False, True, True, False]), torch.tensor([1, 2])).others.tolist() == [0, 3]
