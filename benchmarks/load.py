@@ -6,8 +6,9 @@
 
 All with prefix caching and chunked prefill. Requests arrive as a Poisson process, at `--rates` times the rate at which
 stock saturates (measured first: all requests at once). Weights are random ("dummy"), so nothing is said of quality. The
-last line is {"saturation_rps", "points": [{"system", "rate", "tokens_per_s", "ttft_ms", "tpot_ms", "preemptions",
-"kept_ratio"}]}, with [p50, p99] of times to the first token and per output token.
+last line is {"saturation_rps", "points": [{"system", "rate", "tokens_per_s", "ttft_ms", "tpot_ms", "cached",
+"preemptions", "kept_ratio"}]}, with [p50, p99] of times to the first token and per output token, and the share of prompt
+tokens that was found in the prefix cache: each rate has prompts of its own, so next to none.
 """
 
 from __future__ import annotations
@@ -98,13 +99,13 @@ def server_flags(args: argparse.Namespace) -> list[str]:
     return ["--enforce-eager", *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
 
 
-def ask(server: Server, args: argparse.Namespace, rate: float, directory: Path) -> dict[str, Any]:
-    """What `vllm bench serve` finds at this rate, in requests per second."""
+def ask(server: Server, args: argparse.Namespace, rate: float, seed: int, directory: Path) -> dict[str, Any]:
+    """What `vllm bench serve` finds at this rate, in requests per second; seed: of prompts that no other rate has."""
     found, before = directory / "found.json", server.totals()
     words = {
         "backend": "vllm", "base-url": server.url, "model": "model", "tokenizer": TOKENIZER, "dataset-name": "random",
         "random-input-len": args.prompt, "random-output-len": args.output_len, "random-range-ratio": "0.5",
-        "num-prompts": args.requests, "request-rate": rate, "seed": 0, "percentile-metrics": "ttft,tpot",
+        "num-prompts": args.requests, "request-rate": rate, "seed": seed, "percentile-metrics": "ttft,tpot",
         "metric-percentiles": "50,99", "result-dir": directory, "result-filename": found.name,
     }  # fmt: skip
     client = [str(Path(sys.executable).with_name("vllm")), "bench", "serve", "--ignore-eos", "--save-result"]
@@ -123,6 +124,7 @@ def ask(server: Server, args: argparse.Namespace, rate: float, directory: Path) 
         "tokens_per_s": round(result["output_throughput"], 1),
         "ttft_ms": [round(result[f"p{p}_ttft_ms"], 1) for p in (50, 99)],
         "tpot_ms": [round(result[f"p{p}_tpot_ms"], 2) for p in (50, 99)],
+        "cached": round(changed["vllm:prefix_cache_hits_total"] / changed["vllm:prefix_cache_queries_total"], 3),
         "preemptions": int(changed["vllm:num_preemptions_total"]),
         "kept_ratio": round(changed["vllm:mod_kept_total"] / routed, 4) if routed else None,
     }
@@ -138,11 +140,11 @@ def measure(args: argparse.Namespace, record: dict[str, Any]) -> dict[str, Any]:
             checkpoint, flags = systems[system]
             log, env = directory / f"{system}.log", {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
             with serve(checkpoint, *server_flags(args), *flags, log=log, env=env, timeout=600) as server:
-                at_once = ask(server, args, float("inf"), directory)
+                at_once = ask(server, args, float("inf"), 0, directory)
                 if system == "stock":
                     result["saturation_rps"] = at_once["requests_per_s"]
-                for share in args.rates:
-                    found = ask(server, args, share * result["saturation_rps"], directory)
+                for seed, share in enumerate(args.rates, 1):
+                    found = ask(server, args, share * result["saturation_rps"], seed, directory)
                     result["points"].append({"system": system, "rate": share, **found})
                     progress(json.dumps(result["points"][-1]))
                     write_json(args.output, record | {"result": result})  # what is done stays
@@ -153,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     record = {"command": command("load"), "machine": machine(), "shape": SHAPES[args.shape]}
     result = measure(args, record | {"flags": [str(flag) for flag in server_flags(args) if "/" not in str(flag)]})
-    columns = ["system", "rate", "tokens_per_s", "ttft_ms", "tpot_ms", "preemptions", "kept_ratio"]
+    columns = ["system", "rate", "tokens_per_s", "ttft_ms", "tpot_ms", "cached", "preemptions", "kept_ratio"]
     progress(markdown_table(columns, [[point[column] for column in columns] for point in result["points"]]))
     print(json.dumps(result))
 
