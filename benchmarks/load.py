@@ -7,8 +7,8 @@
 All with prefix caching and chunked prefill. Requests arrive as a Poisson process, at `--rates` times the rate at which
 stock saturates (measured first: all requests at once). Weights are random ("dummy"), so nothing is said of quality. The
 last line is {"saturation_rps", "points": [{"system", "rate", "tokens_per_s", "ttft_ms", "tpot_ms", "cached",
-"preemptions", "kept_ratio"}]}, with [p50, p99] of times to the first token and per output token, and the share of prompt
-tokens that was found in the prefix cache: each rate has prompts of its own, so next to none.
+"preemptions", "kept_ratio"}]}, with [p50, p99] of times to the first token and per output token, and the share of
+prompt tokens that was found in the prefix cache: each rate has prompts of its own, so next to none.
 """
 
 from __future__ import annotations
