@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vllm_mod.config import ConfigError
 from vllm_mod.gate import pair_scores
 
-from .routing import Routing
+from .routing import ModelRouting
 from .sublayers import make_skippable
 
 
@@ -21,7 +21,7 @@ class GatedExperts(nn.Module):
     """Mixin in front of a model's module of routed experts."""
 
     _mod_layer: int
-    _mod_routing: Routing
+    _mod_routing: ModelRouting
     _mod_batch: int  #: rows of the batch; the block flattens them
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any) -> Tensor:
@@ -34,7 +34,7 @@ class GatedExperts(nn.Module):
         return super().forward(hidden_states, top_k_index, top_k_weights * gates, *args)
 
 
-def gate_experts(block: Any, layer: int, routing: Routing) -> None:
+def gate_experts(block: Any, layer: int, routing: ModelRouting) -> None:
     """Gate the routed experts of an MoE block, in place; raises ConfigError if it is not one that is known."""
     if not isinstance(getattr(block, "experts", None), nn.Module):
         raise ConfigError(f"layer {layer}: {type(block).__name__} has no sub-module 'experts', its MLP is dense")

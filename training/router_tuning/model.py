@@ -29,7 +29,7 @@ from vllm_mod.tensors import Patch, check_routers, named_tensors
 from .experts import gate_experts
 from .hub import warn_of_strangers
 from .lora import ADAPTER_DIR, load_adapter
-from .routing import LinearPatch, Router, Routing, routing_of
+from .routing import LinearPatch, ModelRouting, Router, routing_of
 from .sublayers import PostNorm, make_skippable, mixins_of
 
 
@@ -81,7 +81,7 @@ def attach_routers(
         raise ConfigError(
             f"{row.base}: attn_implementation='sdpa' leaves a part of this attention out; use {row.attention!r}"
         )
-    routing = Routing(config, residual_multiplier=shape.residual_multiplier, has_post_norms=bool(row.post_norms))
+    routing = ModelRouting(config, residual_multiplier=shape.residual_multiplier, has_post_norms=bool(row.post_norms))
     holders: dict[int, nn.Module] = {}
     for i in config.layers:
         device = next(layers[i].parameters()).device
@@ -110,7 +110,7 @@ def attach_routers(
 
 @torch.no_grad()
 def _fill(
-    routing: Routing,
+    routing: ModelRouting,
     holders: Mapping[int, nn.Module],
     shape: BaseShape,
     routers: Mapping[int, Tensor] | None,
@@ -135,7 +135,7 @@ def _note_padding(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 @contextlib.contextmanager
-def routing(model: nn.Module, prompt_mask: Tensor | None = None) -> Iterator[Routing]:
+def with_prompts(model: nn.Module, prompt_mask: Tensor | None = None) -> Iterator[ModelRouting]:
     """While it lasts, `prompt_mask` (bool `[B, <=T]`; None: all tokens) is the prompt: sequence-level decisions are
     means over it, or over its first tokens where the config has a window.
 
@@ -277,7 +277,7 @@ def reference_logits(model: Any, token_ids: list[int], prompt_len: int) -> Tenso
     """Logits `[T, vocab]`, float32, of one sequence whose first `prompt_len` tokens are the prompt."""
     ids = torch.tensor([token_ids], device=model.device)
     prompt_mask = torch.arange(len(token_ids), device=model.device)[None] < prompt_len
-    with routing(model, prompt_mask):
+    with with_prompts(model, prompt_mask):
         return model(input_ids=ids, use_cache=False).logits[0].float()
 
 

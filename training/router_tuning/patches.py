@@ -24,7 +24,7 @@ from vllm_mod.tensors import Patch
 from .data import Collator
 from .layerwise import Batch, HiddenStates, advance, sublayer
 from .ridge import Fitted, Moments, TooLowRank, fit
-from .routing import LinearPatch, Routing, routing_of
+from .routing import LinearPatch, ModelRouting, routing_of
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def _fitted(layer: int, train: Moments, held_out: Moments, rank: int) -> Fitted:
 
 
 @torch.no_grad()
-def _give(state: Routing, layer: int, patch: Patch, model: Any) -> None:
+def _give(state: ModelRouting, layer: int, patch: Patch, model: Any) -> None:
     rank = 0 if patch.down is None else len(patch.down)
     module = LinearPatch(len(patch.bias), rank, model.device)
     for parameter, value in zip(module.parts(), (patch.bias, patch.down, patch.up), strict=True):
@@ -162,7 +162,7 @@ class _Chance(nn.Module):
 
 
 @contextlib.contextmanager
-def _chance(state: Routing, quiet: bool) -> Iterator[None]:
+def _chance(state: ModelRouting, quiet: bool) -> Iterator[None]:
     """While it lasts, routers of zeros (which were never trained) keep what the config's target says, or half."""
     untrained = {i: r for i, r in state.routers.items() if not r.weight.any() and state.cutoff(i) == 0.0}
     kept = 0.5 if state.config.target_capacity is None else state.config.target_capacity

@@ -96,7 +96,7 @@ def _broadcast(per_row_or_token: Tensor) -> Tensor:
 
 
 @dataclass
-class Routing:
+class ModelRouting:
     """Everything the routed sublayers of one model share. One per model, see `routing_of`."""
 
     config: ModConfig
@@ -215,11 +215,11 @@ class Routing:
         return values if self.valid is None or values.dim() == 1 else values[self.valid]
 
 
-def routing_of(model: nn.Module) -> Routing:
+def routing_of(model: nn.Module) -> ModelRouting:
     """The state that `attach_routers` gave to `model`; unwraps DDP and the like through `.module`."""
     while not hasattr(model, "_mod_routing") and hasattr(model, "module"):
         model = model.module  # type: ignore[assignment]
     state = getattr(model, "_mod_routing", None)
-    if not isinstance(state, Routing):
+    if not isinstance(state, ModelRouting):
         raise ValueError(f"{type(model).__name__} has no routers; call attach_routers(model, config) first")
     return state

@@ -1,7 +1,7 @@
 """Sublayers that may be skipped: generated subclasses of whatever attention and MLP a model has.
 
 PyTorch's `fully_shard` swaps `module.__class__` the same way: parameters, names and hooks stay, and no model code
-is copied. Each subclass asks the shared `Routing` and hands the rest to the stock forward.
+is copied. Each subclass asks the shared `ModelRouting` and hands the rest to the stock forward.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vllm_mod.granularity import Policy
 
-from .routing import Decision, Routing
+from .routing import Decision, ModelRouting
 
 
 def mixed(output: Tensor, decision: Decision, stand_in: Tensor | None) -> Tensor:
@@ -65,7 +65,7 @@ class RoutedAttention(nn.Module):
     """Mixin in front of a model's attention class. For `block` it also takes the decision that the MLP uses."""
 
     _mod_layer: int
-    _mod_routing: Routing
+    _mod_routing: ModelRouting
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         """hidden_states: `[B, T, hidden]`, after the input norm. Returns (output `[B, T, hidden]`, weights)."""
@@ -89,7 +89,7 @@ class RoutedMLP(nn.Module):
     """Mixin in front of a model's MLP class, with a decision of its own (`mlp_*`)."""
 
     _mod_layer: int
-    _mod_routing: Routing
+    _mod_routing: ModelRouting
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states: `[B, T, hidden]`, after the MLP's norm."""
@@ -117,7 +117,7 @@ class PostNorm(nn.Module):
     """Mixin in front of a norm between a routed sublayer and the residual stream."""
 
     _mod_layer: int
-    _mod_routing: Routing
+    _mod_routing: ModelRouting
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self._mod_routing.waiting.pop(self._mod_layer)(super().forward(hidden_states))
@@ -136,7 +136,7 @@ def _routed_class(mixin: Any, stock: Any) -> Any:
     return type(f"{mixin.__name__}Of{stock.__name__}", (mixin, stock), {"__module__": stock.__module__})
 
 
-def make_skippable(module: nn.Module, mixin: Any, layer: int, routing: Routing) -> None:
+def make_skippable(module: nn.Module, mixin: Any, layer: int, routing: ModelRouting) -> None:
     """Turn a stock sublayer into its skippable version, in place."""
     stock: Any = type(module)
     module.__class__ = _routed_class(mixin, stock)
