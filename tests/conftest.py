@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 # Tiny shapes on a machine that runs other things: threads of one op waiting for each other cost 10x.
@@ -18,6 +19,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests bring their own models
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# A shell without job control (`make test &` in a script) ignores Ctrl-C for what it starts, and tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("suite", deadline=None, max_examples=100, print_blob=True)
 settings.load_profile("suite")
