@@ -26,7 +26,6 @@ GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 
 @dataclass(frozen=True)
 class Policy:
-    granularity: Granularity
     #: `attn`, `mlp`, `block` or `expert`: the name's first half, to make other names of
     target: str
     #: what one decision skips of a decoder layer: `self_attn`, `mlp`, or both
@@ -78,7 +77,6 @@ _WORDS = {"attn": "self-attention", "mlp": "MLP", "block": "attention and MLP", 
 def _policy(granularity: Granularity) -> Policy:
     target, level = granularity.split("_")
     return Policy(
-        granularity,
         target,
         _SUBLAYERS[target],
         _WORDS[target],

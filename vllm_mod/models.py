@@ -55,9 +55,8 @@ class MoDModel(AdaptersBesideExperts, RoutedWeights, nn.Module):
         if policy.keeps_state:
             kv_layers = {route.column: route.kv_layer for route in self.routing.routes}
             routed = [kv_layers.get(column) for column in range(len(self.mod_config.layers))]
-            by_request = policy.by_request
-            per_layer = by_request and policy.skips_attention and plan.knobs.kv_reclaim
-            self.routing.layout = track_requests(self, vllm_config, routed if by_request else [], per_layer)
+            per_layer = policy.by_request and policy.skips_attention and plan.knobs.kv_reclaim
+            self.routing.layout = track_requests(self, vllm_config, routed if policy.by_request else [], per_layer)
         self.routing.static_decode = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         for module in self.modules():
             if isinstance(module, Attention):

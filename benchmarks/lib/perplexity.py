@@ -71,12 +71,11 @@ def compare(systems: Mapping[str, Any], samples: Iterable[dict[str, Any]]) -> tu
     from router_tuning.data import IGNORED
     from router_tuning.model import reference_logits
 
-    found: dict[str, list[list[float]]] = {name: [] for name in systems}
-    counts: list[int] = []
+    measured: list[tuple[dict[str, list[float]], int]] = []  #: per sample: a row of each system, the answer's tokens
 
-    def measure(sample: dict[str, Any]) -> None:
+    def measure(sample: dict[str, Any]) -> tuple[dict[str, list[float]], int]:
         labels = torch.tensor(sample["labels"])[1:]
-        answer, first, seen = labels != IGNORED, None, {}
+        answer, first, rows = labels != IGNORED, None, {}
         for name, model in systems.items():
             logits = reference_logits(model, sample["input_ids"], sample["prompt_len"])[:-1][answer].log_softmax(-1)
             first = logits if first is None else first
@@ -87,20 +86,21 @@ def compare(systems: Mapping[str, Any], samples: Iterable[dict[str, Any]]) -> tu
                 (logits.argmax(-1) == first.argmax(-1)).sum(),
                 _skipped(model),
             ]
-            seen[name] = [float(value) for value in row]
-        for name, values in seen.items():
-            found[name].append(values)
-        counts.append(int(answer.sum()))
+            rows[name] = [float(value) for value in row]
+        return rows, int(answer.sum())
 
     try:
         for sample in samples:
-            measure(sample)
+            rows, tokens = measure(sample)
+            measured.append((rows, tokens))
     except KeyboardInterrupt:
-        if len(counts) < 2:  # no error could be told
+        if len(measured) < 2:  # no error could be told
             raise
-        progress(f"interrupted: the result is that of {len(counts)} samples")
-    columns = {name: Answers(*torch.tensor(rows, dtype=torch.float64).T) for name, rows in found.items()}
-    return columns, torch.tensor(counts, dtype=torch.float64)
+        progress(f"interrupted: the result is that of {len(measured)} samples")
+    columns = {
+        name: Answers(*torch.tensor([rows[name] for rows, _ in measured], dtype=torch.float64).T) for name in systems
+    }
+    return columns, torch.tensor([tokens for _, tokens in measured], dtype=torch.float64)
 
 
 def _skipped(model: Any) -> float:

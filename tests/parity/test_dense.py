@@ -25,11 +25,18 @@ LAYERS = [1, 2, 3]
 LENGTHS = (3, 40, 1, 70, 33, 100)
 DYNAMIC = ["attn_token", "attn_sequence", "mlp_token", "mlp_sequence", "block_token", "block_sequence"]
 GRANULARITIES = [*DYNAMIC, "attn_static", "mlp_static", "block_static"]
-#: Each granularity once per merge is enough for what architectures share: `test_architectures` has all the others with
-#: windows and patches.
+#: Each granularity once per `make test` is enough for what architectures share; see `test_architectures` for the rest.
 QUICK = ("qwen2", "qwen3", "mistral")
+#: `make test-slow` has each granularity of these in `test_architectures`, with windows and patches.
+NIGHTLY = ("granite", "gemma2", "gemma3_text")
+
+
+def _marks(model: str) -> Any:
+    return () if model in QUICK else pytest.mark.nightly if model in NIGHTLY else pytest.mark.slow
+
+
 CASES = [
-    pytest.param(model, granularity, marks=() if model in QUICK else pytest.mark.nightly, id=f"{model}-{granularity}")
+    pytest.param(model, granularity, marks=_marks(model), id=f"{model}-{granularity}")
     for model in SHAPES
     for granularity in GRANULARITIES
 ]

@@ -8,6 +8,7 @@ import torch
 
 from tests.support.architectures import EXPERTS as SHAPES
 from tests.support.models import routed_checkpoint, tiny_model
+from vllm_mod.granularity import POLICIES
 
 from .harness import (
     Answer,
@@ -23,25 +24,25 @@ from .harness import (
 
 LAYERS = [1, 2, 3]
 LENGTHS = (3, 40, 1, 70, 33, 100)
-DYNAMIC = [
-    "attn_token",
-    "attn_sequence",
-    "mlp_token",
-    "mlp_sequence",
-    "block_token",
-    "block_sequence",
-    "expert_token",
-]
-STATIC = ["attn_static", "mlp_static", "block_static"]
-GRANULARITIES = [*DYNAMIC, *STATIC]
+DYNAMIC = [name for name, policy in POLICIES.items() if not policy.is_static]
+STATIC = [name for name, policy in POLICIES.items() if policy.is_static]
 CACHING = ["mlp_token", "expert_token", *STATIC]  #: cached prefixes may be used
-#: Each granularity once per merge is enough for what architectures share: `test_architectures` has all the others with
-#: windows and patches.
+#: Each granularity once per `make test` is enough for what architectures share; see `test_architectures` for the rest.
 QUICK = ("olmoe", "deepseek")
+
+
+def _marks(model: str, granularity: str) -> Any:
+    if model in QUICK:
+        return ()
+    # `make test-slow` has the others of Mixtral in `test_architectures`, with windows and patches.
+    elsewhere = model == "mixtral" and granularity != "expert_token"
+    return pytest.mark.nightly if elsewhere else pytest.mark.slow
+
+
 CASES = [
-    pytest.param(model, granularity, marks=() if model in QUICK else pytest.mark.nightly, id=f"{model}-{granularity}")
+    pytest.param(model, granularity, marks=_marks(model, granularity), id=f"{model}-{granularity}")
     for model in SHAPES
-    for granularity in GRANULARITIES
+    for granularity in POLICIES
 ]
 
 

@@ -24,7 +24,7 @@ PARALLEL: dict[str, dict[str, Any]] = {
 }
 
 pytestmark = pytest.mark.slow
-NIGHTLY = pytest.mark.nightly  #: where two ranks meet nothing that other rows lack
+NIGHTLY = pytest.mark.nightly  #: of models that other rows have on one rank; CI lacks the time for all of them
 
 
 GRANULARITIES = ["attn_sequence", "attn_token", "block_sequence", "mlp_token", "block_static"]

@@ -99,9 +99,8 @@ def test_quantised_base(
                 assert type(layer.self_attn.qkv_proj.quant_method).__name__ == "CompressedTensorsLinearMethod"
                 assert layer.router.weight.dtype == torch.float32
     assert_same(plain_answers(model, "stock"), answers["keep"])
-    if (
-        granularity != "expert_token" and "window" not in config
-    ):  # shared experts, and a window's tokens, are left there
+    # Otherwise shared experts, or a window's tokens, are left.
+    if granularity != "expert_token" and "window" not in config:
         assert_same(plain_answers(model, granularity.split("_")[0] + "_static", config.get("patch")), answers["skip"])
     assert_same(answers["routed"], alone)
     assert answers["routed"] not in (answers["keep"], answers["skip"])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .data import IGNORED
-from .model import routing_of, with_prompts
+from .model import given_prompts, routing_of
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def measure(trainer: Any) -> Evaluation:
     for samples, counts in parts:
         inputs = trainer._prepare_inputs(trainer.data_collator([trainer.eval_dataset[i] for i in samples]))
         supervised = int((inputs["labels"][:, 1:] != IGNORED).sum())
-        with with_prompts(model, inputs.pop("prompt_mask")) as state, trainer.compute_loss_context_manager():
+        with given_prompts(model, inputs.pop("prompt_mask")) as state, trainer.compute_loss_context_manager():
             loss = model(**inputs).loss
         if counts:
             pairs = state.counts()

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from vllm_mod.config import ConfigError, ModConfig, logit, sigmoid
 from vllm_mod.gate import keeps
 
-from .model import routing_of, with_prompts
+from .model import given_prompts, routing_of
 
 #: Kept ratios this near to the target are not improved any further.
 NEAR_ENOUGH = 0.0005
@@ -83,7 +83,7 @@ def measure(
     try:
         for batch in tqdm(batches, desc=title, unit="batch", leave=False, disable=None if title else True):
             inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            with with_prompts(model, inputs.pop("prompt_mask")):
+            with given_prompts(model, inputs.pop("prompt_mask")):
                 model(**inputs, logits_to_keep=1)  # logits are not needed
             for layer, decision in state.decisions.items():
                 keep, valid = decision.keep, state.valid

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vllm_mod.config import ConfigError
 
 from .data import IGNORED
-from .model import architecture_of_model, decoder_layers, routing_of, with_prompts
+from .model import architecture_of_model, decoder_layers, given_prompts, routing_of
 from .sublayers import hide_skipped_keys, stock
 
 Batch = Mapping[str, Tensor]
@@ -112,7 +112,7 @@ def advance(model: Any, batch: Batch, states: Tensor | None, first: int, stop: i
 
     As the routed model has them: with its decisions, and the patches that it has by now. `[B, T, hidden]`.
     """
-    with _running(model, states, first, stop) as end, with_prompts(model, batch["prompt_mask"].to(model.device)):
+    with _running(model, states, first, stop) as end, given_prompts(model, batch["prompt_mask"].to(model.device)):
         _forward(model, batch)
     return end.seen
 
@@ -126,7 +126,7 @@ def answer_predictions(model: Any, batch: Batch, states: Tensor | None = None, f
     places = answers.any(0).nonzero().flatten()  # a prediction is read where a row has one
     wanted = answers[:, places].to(model.device)
     last = len(decoder_layers(model))
-    with _running(model, states, first, last), with_prompts(model, batch["prompt_mask"].to(model.device)):
+    with _running(model, states, first, last), given_prompts(model, batch["prompt_mask"].to(model.device)):
         logits = _forward(model, batch, places.to(model.device)).logits
     return logits[wanted].float().log_softmax(-1)
 
@@ -168,7 +168,7 @@ def sublayer(model: Any, batch: Batch, states: Tensor, layer: int) -> tuple[Tens
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_running(model, states, layer, layer + 1))
-        stack.enter_context(with_prompts(model, batch["prompt_mask"].to(model.device)))
+        stack.enter_context(given_prompts(model, batch["prompt_mask"].to(model.device)))
         for name in policy.sublayers:
             part = getattr(module, name)
             added = getattr(module, norms[name]) if name in norms else part

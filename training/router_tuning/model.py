@@ -135,7 +135,7 @@ def _note_padding(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 @contextlib.contextmanager
-def with_prompts(model: nn.Module, prompt_mask: Tensor | None = None) -> Iterator[ModelRouting]:
+def given_prompts(model: nn.Module, prompt_mask: Tensor | None = None) -> Iterator[ModelRouting]:
     """While it lasts, `prompt_mask` (bool `[B, <=T]`; None: all tokens) is the prompt: sequence-level decisions are
     means over it, or over its first tokens where the config has a window.
 
@@ -277,7 +277,7 @@ def reference_logits(model: Any, token_ids: list[int], prompt_len: int) -> Tenso
     """Logits `[T, vocab]`, float32, of one sequence whose first `prompt_len` tokens are the prompt."""
     ids = torch.tensor([token_ids], device=model.device)
     prompt_mask = torch.arange(len(token_ids), device=model.device)[None] < prompt_len
-    with with_prompts(model, prompt_mask):
+    with given_prompts(model, prompt_mask):
         return model(input_ids=ids, use_cache=False).logits[0].float()
 
 

@@ -24,7 +24,7 @@ from .average import TailAverage, local
 from .evaluation import Evaluation, measure
 from .interrupt import IgnoredInWorkers, deferred
 from .loss import CapacityLoss
-from .model import routing_of, with_prompts
+from .model import given_prompts, routing_of
 from .records import Controller, State, read_state
 
 _AVERAGE_FILE = "average.{}.safetensors"  # one per process
@@ -89,7 +89,7 @@ class RouterTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         prompt_mask = inputs.pop("prompt_mask").to(self.args.device)
-        with with_prompts(self.model, prompt_mask) as state:  # backward too: gradient checkpointing decides again
+        with given_prompts(self.model, prompt_mask) as state:  # backward too: gradient checkpointing decides again
             loss = super().training_step(model, inputs, num_items_in_batch)
         effect = torch.stack(list(state.effects.values())).square().mean().sqrt() / self._weight
         self._effects.append(self.accelerator.reduce(effect, "mean"))

@@ -15,12 +15,12 @@ from router_tuning.model import (
     architecture_of_model,
     attach_routers,
     freeze_base,
+    given_prompts,
     load_base,
     load_reference,
     reference_decisions,
     reference_logits,
     router_weights,
-    with_prompts,
 )
 from tests.support.architectures import DENSE, EXPERTS
 from tests.support.models import routed_checkpoint, tiny_model
@@ -69,7 +69,7 @@ def test_only_routers_learn(bases: dict[str, Path], tmp_path: Path, name: str, g
     model = load_reference(routed_checkpoint(bases[name], tmp_path / "c", granularity, ROUTED)).train()
     weights = freeze_base(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    with with_prompts(model, torch.ones(1, PROMPT, dtype=torch.bool)) as state:
+    with given_prompts(model, torch.ones(1, PROMPT, dtype=torch.bool)) as state:
         loss = model(IDS, labels=IDS, use_cache=False).loss + sum(state.kept().values())
         loss.backward()
     assert all(0 <= float(kept) <= 1 for kept in state.kept().values())
@@ -86,13 +86,13 @@ def test_the_gate_sees_what_attention_adds(bases: dict[str, Path], name: str) ->
     model = stock(bases[name])
     attach_routers(model, config("attn_sequence", (1,)))
     freeze_base(model)
-    with with_prompts(model) as state:
+    with given_prompts(model) as state:
         loss = model(IDS, labels=IDS, use_cache=False).loss
         (gradient,) = torch.autograd.grad(loss, state.decisions[1].applied)
     layer, norm = model.model.layers[1], architecture_of_model(model).post_norms.get("self_attn")
     last, offset = (layer.self_attn.o_proj, 0.0) if norm is None else (getattr(layer, norm), 1.0)
     as_it_was, losses = [p.detach().clone() for p in last.parameters()], []
-    with torch.no_grad(), with_prompts(model):
+    with torch.no_grad(), given_prompts(model):
         for factor in (1.01, 0.99):
             for parameter, before in zip(last.parameters(), as_it_was, strict=True):
                 parameter.copy_(factor * (before + offset) - offset)  # Gemma's norms multiply by 1 + weight
@@ -159,7 +159,7 @@ def test_padding_is_neither_counted_nor_seen(bases: dict[str, Path], tmp_path: P
     alone = reference_logits(model, IDS[0, :14].tolist(), PROMPT)
     ids, mask = IDS.repeat(2, 1), torch.ones(2, 23, dtype=torch.long)
     mask[1, 14:] = 0
-    with with_prompts(model) as state:
+    with given_prompts(model) as state:
         logits = model(ids, attention_mask=mask, use_cache=False).logits
     torch.testing.assert_close(logits[1, :14], alone, atol=1e-4, rtol=1e-4)
     kept, routed = state.counts()[1]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from router_tuning.cli import main
 from router_tuning.data import tokenize
-from router_tuning.model import load_reference, routing_of, with_prompts
+from router_tuning.model import given_prompts, load_reference, routing_of
 from router_tuning.tokenizer import load_tokenizer
 from tests.support.models import tiny_model
 from vllm_mod.checkpoint import read_mod_config
@@ -58,7 +58,7 @@ def test_it_keeps_what_was_asked_for(
     for sample in samples:
         ids = torch.tensor([sample["input_ids"]])
         prompt = torch.arange(ids.shape[1])[None] < sample["prompt_len"]
-        with torch.no_grad(), with_prompts(model, prompt):
+        with torch.no_grad(), given_prompts(model, prompt):
             model(input_ids=ids)
         keeps.append([bool(routing_of(model).decisions[layer].keep) for layer in range(4)])
     assert torch.tensor(keeps).float().mean() == pytest.approx(0.6, abs=0.12)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from router_tuning.data import Collator
 from router_tuning.layerwise import advance, sublayer
-from router_tuning.model import attach_routers, load_base, load_reference, reference_decisions, with_prompts
+from router_tuning.model import attach_routers, given_prompts, load_base, load_reference, reference_decisions
 from tests.support.models import routed_checkpoint, tiny_model
 from tests.unit.training.test_architectures import MODELS
 from tests.unit.training.test_patches import some_samples
@@ -38,7 +38,7 @@ def batch() -> dict[str, Tensor]:
 def in_one_go(model: Any, inputs: dict[str, Tensor], layer: int) -> Tensor:
     seen: list[Tensor] = []
     hook = model.model.layers[layer].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    with with_prompts(model, inputs["prompt_mask"]):
+    with given_prompts(model, inputs["prompt_mask"]):
         model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
     hook.remove()
     return seen[0]

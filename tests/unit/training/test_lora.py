@@ -25,11 +25,11 @@ from router_tuning.lora import (
 from router_tuning.model import (
     attach_routers,
     freeze_base,
+    given_prompts,
     load_base,
     load_reference,
     reference_logits,
     routing_of,
-    with_prompts,
 )
 from tests.support.architectures import EXPERTS
 from tests.support.models import tiny_model
@@ -91,7 +91,7 @@ def test_every_adapter_gets_the_gradient_of_the_unfrozen_model(base_dir, granula
         for name, p in model.named_parameters():
             if ".lora_B." in name:
                 torch.nn.init.normal_(p, std=0.1)
-        with with_prompts(model):
+        with given_prompts(model):
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         return {n: p.grad for n, p in model.named_parameters() if ".lora_" in n or ".router." in n}
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from router_tuning.model import (
     attach_routers,
     freeze_base,
+    given_prompts,
     greedy,
     load_reference,
     reference_decisions,
     reference_logits,
-    with_prompts,
 )
 from tests.unit.training.helpers import HIDDEN, LAYERS, VOCAB, make_llama
 from vllm_mod.checkpoint import write_checkpoint
@@ -162,7 +162,7 @@ def test_padding_changes_nothing(granularity, side):
     prompt[0, :PROMPT] = True
     prompt[1, start : start + 5] = True
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    with with_prompts(model, prompt):
+    with given_prompts(model, prompt):
         logits = model(ids, attention_mask=mask, position_ids=positions).logits
     assert logits.isfinite().all()
     torch.testing.assert_close(logits[0], expected[0], atol=1e-4, rtol=1e-4)
@@ -175,7 +175,7 @@ def test_a_sequence_decision_ignores_what_follows_the_prompt(granularity):
     model = routed(granularity, random_routers())
     scores = []
     for tail in ([7, 8, 9], [100, 90, 80, 70, 60]):
-        with with_prompts(model, torch.ones(1, PROMPT, dtype=torch.bool)) as state:
+        with given_prompts(model, torch.ones(1, PROMPT, dtype=torch.bool)) as state:
             model(torch.tensor([IDS[:PROMPT] + tail]))
             first = state.decisions[ROUTED[0]]
             scores.append(float(first.score))
@@ -203,7 +203,7 @@ def test_no_nan_where_a_skipped_sublayer_overflows():
     freeze_base(model)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.fill_(float("inf"))
-    with with_prompts(model):
+    with given_prompts(model):
         logits = model(torch.tensor([IDS])).logits
     assert logits.isfinite().all()
     logits.sum().backward()
@@ -213,7 +213,7 @@ def test_no_nan_where_a_skipped_sublayer_overflows():
 def test_straight_through_gradient_is_that_of_the_sigmoid():
     model = routed("mlp_token", random_routers())
     weights = freeze_base(model)
-    with with_prompts(model) as state:
+    with given_prompts(model) as state:
         model(torch.tensor([IDS]))
         decision = state.decisions[ROUTED[0]]
     assert set(decision.gate.unique().tolist()) <= {0.0, 1.0}
@@ -236,7 +236,7 @@ def test_only_routers_learn_and_the_trunk_keeps_no_graph(granularity, checkpoint
         lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
     )
     ids = torch.tensor([IDS])
-    with with_prompts(model, torch.ones(1, PROMPT, dtype=torch.bool)):
+    with given_prompts(model, torch.ones(1, PROMPT, dtype=torch.bool)):
         model(ids, labels=ids).loss.backward()
     assert not seen[0].requires_grad and seen[0].grad_fn is None
     trained = {name for name, p in model.named_parameters() if p.requires_grad}

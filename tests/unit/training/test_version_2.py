@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from router_tuning.model import (
     attach_routers,
     freeze_base,
+    given_prompts,
     greedy,
     load_reference,
     patch_weights,
@@ -16,7 +17,6 @@ from router_tuning.model import (
     reference_logits,
     reference_scores,
     router_weights,
-    with_prompts,
 )
 from tests.unit.training.helpers import HIDDEN, make_llama
 from tests.unit.training.test_model import DYNAMIC, IDS, PROMPT, ROUTED, STATIC, by_hand, config, random_routers
@@ -139,7 +139,7 @@ def test_padding_moves_no_window(granularity, side):
         mask[i, start : start + len(row)] = 1
         prompt[i, start : start + n] = True
     positions = (mask.cumsum(1) - 1).clamp(min=0).long()
-    with with_prompts(model, prompt):
+    with given_prompts(model, prompt):
         logits = model(ids, attention_mask=mask, position_ids=positions).logits
     for i, ((row, _), start) in enumerate(zip(rows, starts, strict=True)):
         torch.testing.assert_close(logits[i, start : start + len(row)], expected[i], atol=1e-4, rtol=1e-4)
@@ -166,7 +166,7 @@ def test_patches_learn_with_the_routers(granularity, checkpointing):
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     ids = torch.tensor([IDS])
-    with with_prompts(model, torch.ones(1, PROMPT, dtype=torch.bool)) as state:
+    with given_prompts(model, torch.ones(1, PROMPT, dtype=torch.bool)) as state:
         loss = model(ids, labels=ids).loss
         assert granularity in STATIC or not all(d.keep.all() for d in state.decisions.values())
         loss.backward()
@@ -191,7 +191,7 @@ def test_patches_learn_alone():
         parameter.requires_grad_("patch" in name)
     with torch.no_grad():
         teacher = make_llama()(torch.tensor([IDS])).logits
-    with with_prompts(model, torch.ones(1, PROMPT, dtype=torch.bool)):
+    with given_prompts(model, torch.ones(1, PROMPT, dtype=torch.bool)):
         (model(torch.tensor([IDS])).logits - teacher).square().mean().backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None and parameter.grad.abs().sum() > 0) == ("patch" in name), name
@@ -204,7 +204,7 @@ def test_the_gate_is_worth_what_the_sublayer_adds_beyond_the_patch():
     seen = {}
     layer = model.model.layers[ROUTED[-1]]
     layer.mlp.register_forward_hook(lambda _, args, output: seen.update(x=args[0], output=output))
-    with with_prompts(model, torch.ones(1, PROMPT, dtype=torch.bool)) as state:
+    with given_prompts(model, torch.ones(1, PROMPT, dtype=torch.bool)) as state:
         loss = model(torch.tensor([IDS])).logits.square().mean()
         decision = state.decisions[ROUTED[-1]]
     by_gate, by_output = torch.autograd.grad(loss, [decision.applied, seen["output"]])
@@ -218,7 +218,7 @@ def test_the_gate_is_worth_what_the_sublayer_adds_beyond_the_patch():
 def test_tokens_of_the_window_teach_the_router_nothing(granularity):
     model = routed(granularity, random_routers(), window=4)
     weights = freeze_base(model)
-    with with_prompts(model, torch.ones(1, PROMPT, dtype=torch.bool)):
+    with given_prompts(model, torch.ones(1, PROMPT, dtype=torch.bool)):
         logits = model(torch.tensor([IDS])).logits
         inside = torch.autograd.grad(logits[:, :4].square().sum(), weights, retain_graph=True, allow_unused=True)
         outside = torch.autograd.grad(logits[:, 4:].square().sum(), weights)
@@ -231,7 +231,7 @@ def test_no_nan_where_a_skipped_sublayer_overflows():
     freeze_base(model)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.fill_(float("inf"))
-    with with_prompts(model):
+    with given_prompts(model):
         logits = model(torch.tensor([IDS])).logits
     assert logits.isfinite().all()
     logits.sum().backward()
