@@ -69,18 +69,18 @@ def with_own_kernel(operator: Any) -> Any:
     return operator
 
 
-def encode_layer_name(name: str) -> Any:
-    """What an opaque operator is given as a layer's name."""
+def layer_name_encoder() -> Callable[[str], Any]:
+    """What an opaque operator is given as a layer's name. Fetched once: it is called for every layer of every step."""
     from vllm.utils.torch_utils import _encode_layer_name
 
-    return _encode_layer_name(name)
+    return _encode_layer_name
 
 
-def resolve_layer_name(encoded: Any) -> str:
+def layer_name_resolver() -> Callable[[Any], str]:
     """The inverse."""
     from vllm.utils.torch_utils import _resolve_layer_name
 
-    return _resolve_layer_name(encoded)
+    return _resolve_layer_name
 
 
 def leave_out_of_lora(manager: Any, module: str) -> None:
@@ -146,13 +146,6 @@ def attention_views(context: Any, metadata: dict[str, Any], slots: dict[str, Any
 def replaced(common_metadata: Any, **changes: Any) -> Any:
     """`CommonAttentionMetadata` with other fields, and without what it has cached of the whole batch."""
     return common_metadata.replace(**changes, _num_computed_tokens_cache=None, _token_to_req_indices_cache=None)
-
-
-def module_of(encoded_name: Any) -> nn.Module:
-    """The module that an opaque operator runs, of the forward under way."""
-    from vllm.forward_context import get_forward_context
-
-    return get_forward_context().no_compile_layers[resolve_layer_name(encoded_name)]
 
 
 # ---------------------------------------------------------------- KV cache and statistics

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -111,9 +110,10 @@ class Rows:
 
 def with_table(metadata: Any, table: Tensor) -> Any:
     """A copy of `metadata`, which the layers of a step share, that reads other pages."""
-    metadata = copy.copy(metadata)
-    metadata.block_table = table
-    return metadata
+    kind = type(metadata)
+    other = kind.__new__(kind)  # a tenth of copy.copy's time, for every layer of every step
+    vars(other).update(vars(metadata), block_table=table)
+    return other
 
 
 @contextmanager

@@ -128,9 +128,10 @@ class SequenceDecisions:
         """Rows of `x` `[>= N, hidden]` that keep; waits for the device only where decisions are taken."""
         if self.scored.numel():
             self._score(route, x)
+        if self._number is not None and self._number[route.column] == len(self.keep):
+            return ALL
         keep = self.keep[:, route.column]
-        number = int(keep.sum()) if self._number is None else self._number[route.column]
-        if number == len(keep):
+        if self._number is None and keep.all():
             return ALL
         key = keep.numpy().tobytes()
         if key not in self._kept:

@@ -24,7 +24,7 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.utils.torch_utils import LayerNameType, direct_register_custom_op
 
-from .compat import encode_layer_name, leave_out_final_all_reduce, module_of, with_own_kernel
+from .compat import layer_name_encoder, layer_name_resolver, leave_out_final_all_reduce, with_own_kernel
 from .config import ConfigError
 from .decode import DecodeStep
 from .kept import ALL, Kept
@@ -34,16 +34,19 @@ from .rows import Subset, attending
 from .step import Route, Step
 
 _library = Library("vllm_mod", "FRAGMENT")
+_encode, _resolve = layer_name_encoder(), layer_name_resolver()
 
 
 def routed_attention(positions: Tensor, hidden_states: Tensor, output: Tensor, layer_name: LayerNameType) -> None:
-    module: Any = module_of(layer_name)
-    module.run(output, positions, hidden_states)
+    _module_of(layer_name).run(output, positions, hidden_states)
 
 
 def routed_mlp(hidden_states: Tensor, output: Tensor, layer_name: LayerNameType) -> None:
-    module: Any = module_of(layer_name)
-    module.run(output, hidden_states)
+    _module_of(layer_name).run(output, hidden_states)
+
+
+def _module_of(layer_name: LayerNameType) -> Any:
+    return get_forward_context().no_compile_layers[_resolve(layer_name)]
 
 
 def _fake(*args: Any) -> None:
@@ -135,7 +138,7 @@ class _RoutedAttention(_Routed):
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         output = torch.empty_like(hidden_states)
-        torch.ops.vllm_mod.routed_attention(positions, hidden_states, output, encode_layer_name(self.name))
+        torch.ops.vllm_mod.routed_attention(positions, hidden_states, output, _encode(self.name))
         return output
 
     def stock_forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
@@ -164,7 +167,7 @@ class _RoutedMLP(_Routed):
 
     def forward(self, x: Tensor) -> Tensor:
         output = torch.empty_like(x)
-        torch.ops.vllm_mod.routed_mlp(x, output, encode_layer_name(self.name))
+        torch.ops.vllm_mod.routed_mlp(x, output, _encode(self.name))
         return output
 
     def stock_forward(self, x: Tensor) -> Tensor:

@@ -15,13 +15,14 @@ from vllm.model_executor.layers.attention.attention import unified_attention_wit
 from vllm.utils.torch_utils import LayerNameType, direct_register_custom_op
 from vllm.v1.kv_cache_interface import get_kv_quant_mode
 
-from ..compat import encode_layer_name
+from ..compat import layer_name_encoder
 from ..config import ConfigError
 from ..tables import Layout
 from .spec import PageSpec
 
 logger = init_logger("vllm." + __name__)
 _library = Library("vllm_mod", "FRAGMENT")
+_encode = layer_name_encoder()
 
 
 def paged_attention(query: Tensor, key: Tensor, value: Tensor, output: Tensor, layer_name: LayerNameType) -> None:
@@ -74,7 +75,7 @@ class PagedAttention(TrackedAttention):
             key.view(-1, self.num_kv_heads, self.head_size),
             value.view(-1, self.num_kv_heads, self.head_size_v),
             output.view(-1, self.num_heads, self.head_size_v),
-            encode_layer_name(self.layer_name),
+            _encode(self.layer_name),
         )
         return output
 
