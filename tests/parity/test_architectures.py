@@ -30,6 +30,11 @@ QUICK = {
     ("gemma3_text", "block_sequence"): WINDOWED,
     ("qwen3_moe", "expert_token"): {},
     ("mixtral", "mlp_sequence"): WINDOWED,
+    ("qwen2", "block_sequence"): WINDOWED,
+    ("qwen3", "attn_sequence"): WINDOWED,
+    ("mistral", "attn_sequence"): WINDOWED,
+    ("olmoe", "mlp_sequence"): WINDOWED,
+    ("deepseek", "block_sequence"): WINDOWED,
 }
 #: All of those that multiply or norm a sublayer's output, or call the MLP by another name.
 SLOW = {

@@ -21,7 +21,7 @@ CASES += [
     ("deepseek", "mlp_sequence", {}),
 ]
 WINDOWED = {"version": 2, "window": 24, "patch": {"rank": 4}}
-CASES += [("llama", "attn_sequence", WINDOWED), ("llama", "block_sequence", WINDOWED)]
+CASES += [("llama", granularity, WINDOWED) for granularity in ("attn_sequence", "block_sequence", "mlp_sequence")]
 
 
 #: What is added otherwise than in Llama, and a patch beside it.

@@ -18,13 +18,16 @@ WINDOW = 40
 TABLE = {0.75: [-2.0, -2.0, -1.0, -2.0, -1.0], 0.25: [1.0, 2.0, 1.0, 2.0, 1.0]}
 
 
-@pytest.fixture(scope="module")
-def checkpoint(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("dial") / "c"
-    routed_checkpoint(base, directory, "attn_sequence", LAYERS, window=WINDOW)
+def _calibrated(base: Path, directory: Path, granularity: str) -> Path:
+    routed_checkpoint(base, directory, granularity, LAYERS, window=WINDOW)
     points = [{"target": kept, "kept": kept, "cutoff": cutoff} for kept, cutoff in TABLE.items()]
     (directory / "calibration.json").write_text(json.dumps({"operating_points": points}))
     return directory
+
+
+@pytest.fixture(scope="module")
+def checkpoint(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _calibrated(base, tmp_path_factory.mktemp("dial") / "c", "attn_sequence")
 
 
 def _generate(llm: Any, prompts: list[list[int]], dials: list[dict[str, Any] | None], tokens: int = 12) -> list[Any]:
@@ -36,8 +39,10 @@ def _generate(llm: Any, prompts: list[list[int]], dials: list[dict[str, Any] | N
     return llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
 
 
-def test_each_request_its_own(checkpoint: Path) -> None:
+@pytest.mark.parametrize("granularity", ["attn_sequence", "block_sequence", "mlp_sequence"])
+def test_each_request_its_own(base: Path, tmp_path: Path, granularity: str) -> None:
     """Dense, all skipped, by the table and by the checkpoint, from the same prompts; the answer says what was kept."""
+    checkpoint = _calibrated(base, tmp_path / "c", granularity)
     dials: list[dict[str, Any] | None] = [
         None, {"mod_threshold": 0}, {"mod_threshold": 1}, {"mod_threshold": 0.7}, {"mod_kept": 0.75},
         {"mod_kept": 0.25},

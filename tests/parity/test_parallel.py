@@ -31,7 +31,9 @@ GRANULARITIES = ["attn_sequence", "attn_token", "block_sequence", "mlp_token", "
 CASES: list[tuple[str, str, dict[str, Any]]] = [(p, granularity, {}) for p in PARALLEL for granularity in GRANULARITIES]
 CASES += [("pp", "mlp_sequence", {}), ("pp", "block_token", {})]
 WINDOWED = {"version": 2, "window": 24, "patch": {"rank": 4}}
-CASES += [(p, granularity, WINDOWED) for p in PARALLEL for granularity in ("attn_sequence", "block_sequence")]
+CASES += [
+    (p, granularity, WINDOWED) for p in PARALLEL for granularity in ("attn_sequence", "block_sequence", "mlp_sequence")
+]
 
 
 @pytest.mark.parametrize(("parallel", "granularity", "config"), CASES)

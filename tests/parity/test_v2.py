@@ -18,7 +18,8 @@ QUICK = {
     ("test_async.py",): "test_steps_in_flight",
     ("test_rehearsal.py",): "[block_token or [patched] or [patched-",
     ("test_window.py", "test_dial.py", "test_patches.py"): (
-        "(test_chunks and 24 and attn_sequence) or test_each_request or (test_parity and attn_sequence)"
+        "(test_chunks and 24 and attn_sequence) or (test_each_request and attn_sequence)"
+        " or (test_parity and attn_sequence)"
     ),
     ("test_decode.py", "../unit/test_kernels.py"): (
         "(test_dense and (attn_sequence or attn_token) and True)"
