@@ -38,11 +38,11 @@ demo: setup ## tune routers for a real model, serve it dense and routed, ask bot
 
 .PHONY: test
 test: setup ## run the test suite (all but the tests marked slow), two modules at a time
-	$(BIN)/python -m pytest -n 2 --dist loadscope -m 'not slow and not nightly' $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m 'not slow and not nightly' $(ARGS)
 
 .PHONY: test-slow
 test-slow: setup ## soak, two-process and large parity tests
-	$(BIN)/python -m pytest -n 2 --dist loadscope -m 'slow and not nightly' $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m 'slow and not nightly' $(ARGS)
 
 .PHONY: test-nightly
 test-nightly: setup ## what takes too long before each merge

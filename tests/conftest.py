@@ -24,6 +24,34 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+#: They take minutes, so they start first: begun last, one would leave the other worker without work. (`make test` has
+#: --no-loadscope-reorder; without it pytest-xdist starts modules with few tests last.)
+LONG = (
+    "parity/test_v2.py",
+    "parity/test_soak.py",
+    "parity/test_parallel.py",
+    "recovery/test_recovery.py",
+    "e2e/test_examples.py",
+    "parity/test_rehearsal.py",
+    "parity/test_architectures.py",
+    "parity/test_moe.py",
+    "parity/test_quantised.py",
+    "parity/test_dense.py",
+    "parity/test_lm_eval.py",
+    "parity/test_trained_adapter.py",
+    "parity/test_lora.py",
+    "parity/test_llama.py",
+    "unit/training/test_real_model.py",
+    "e2e/test_serve.py",
+    "e2e/test_dial.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    names = {str(Path(__file__).parent / name): place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: names.get(str(item.path), len(names)))
+
+
 settings.register_profile("suite", deadline=None, max_examples=100, print_blob=True)
 settings.load_profile("suite")
 

@@ -8,6 +8,7 @@ import pytest
 import tomllib
 import yaml
 
+from tests.conftest import LONG
 from tests.support.setup import make
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +55,10 @@ def test_the_workflow_runs_all_that_the_merge_gate_runs():
     target, _, tests = oldest.partition(" ARGS=")
     assert {*gate, target} <= {target.removesuffix(" PYTHON=python") for target in make_targets()}
     assert all((ROOT / path).exists() for path in tests.strip("'").split())  # a part of what runs each night
+
+
+def test_modules_that_start_first_exist():
+    assert [name for name in LONG if not (ROOT / "tests" / name).is_file()] == []
 
 
 def test_the_newest_vllm_alone_may_fail():
