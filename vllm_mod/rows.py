@@ -110,7 +110,7 @@ class Rows:
 
 def with_table(metadata: Any, table: Tensor) -> Any:
     """A copy of `metadata`, which the layers of a step share, that reads other pages."""
-    kind = type(metadata)
+    kind: Any = type(metadata)
     other = kind.__new__(kind)  # a tenth of copy.copy's time, for every layer of every step
     vars(other).update(vars(metadata), block_table=table)
     return other
