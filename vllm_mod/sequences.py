@@ -87,9 +87,11 @@ class SequenceDecisions:
         #: those whose decisions are taken in this forward
         self.deciding = (self._complete & undecided).nonzero().flatten()
         self.keep = state.keep[step.slots].cpu()  #: host, bool `[R, C]`; waits for the device
+        self._keep = self.keep.numpy()  #: the same memory
         if self.scored.numel():
             self._split()
-        self._kept: dict[bytes, Kept] = {}
+        self._kept: dict[bytes, Kept] = {}  #: by who keeps
+        self._settled: dict[int, Kept] = {}  #: by routed layer, once nothing is left to be decided
         #: requests that keep, per routed layer; None while some are to be decided
         self._number = None if self.deciding.numel() else self.keep.sum(0).tolist()
 
@@ -128,22 +130,28 @@ class SequenceDecisions:
         """Rows of `x` `[>= N, hidden]` that keep; waits for the device only where decisions are taken."""
         if self.scored.numel():
             self._score(route, x)
-        if self._number is not None and self._number[route.column] == len(self.keep):
+        if self._number is None:
+            return self._kept_of(route.column, with_attention)
+        if not self._settled:
+            # Together: between two layers' attentions the same work finds nothing in the processor's caches.
+            self._settled = {column: self._kept_of(column, with_attention) for column in self._columns}
+        return self._settled[route.column]
+
+    def _kept_of(self, column: int, with_attention: bool) -> Kept:
+        if self._number is not None and self._number[column] == len(self._keep):
             return ALL
-        keep = self.keep[:, route.column]
-        if self._number is None and keep.all():
-            return ALL
-        key = keep.numpy().tobytes()
+        keep = self._keep[:, column]
+        key = keep.tobytes()
         if key not in self._kept:
-            self._kept[key] = self._rows_of(keep)
+            self._kept[key] = self._rows_of(keep, with_attention)
         return self._kept[key]
 
-    def _rows_of(self, keep: Tensor) -> Kept:
-        lengths = self._step.rows.lengths_host
-        counts = torch.where(keep, lengths, self.inside if self._dense else 0)
-        if torch.equal(counts, lengths):
+    def _rows_of(self, keep: np.ndarray, with_attention: bool) -> Kept:
+        lengths = self._step.rows.lengths_host.numpy()
+        counts = np.where(keep, lengths, self.inside.numpy() if self._dense else 0)
+        if np.array_equal(counts, lengths):
             return ALL
-        return Kept(self._step.rows.first_of_each(counts)) if counts.any() else NONE
+        return Kept(self._step.rows.first_of_each(counts, with_attention)) if counts.any() else NONE
 
     def _score(self, route: Route, x: Tensor) -> None:
         column = route.column

@@ -112,8 +112,9 @@ class Step:
         if subset.slots is not None:  # packed: places of its own
             return with_table(subset.metadata, self.pages.tables[0][subset.requests]), subset.slots
         column = self.pages.column(layer_name)
-        table = self.pages.tables[column][subset.requests]
-        return with_table(subset.metadata, table), self.pages.slots[column][subset.tokens]
+        assert subset.requests is not None
+        table = self.pages.tables[column].index_select(0, subset.requests)  # half of indexing's time
+        return with_table(subset.metadata, table), self.pages.slots[column].index_select(0, subset.tokens)
 
     def kept(self, route: Route, x: Tensor, with_attention: bool, whole_block: bool) -> Kept:
         """Rows of `x` `[>= N, hidden]` that keep the layer's sublayer; the MLP of a block follows its attention."""

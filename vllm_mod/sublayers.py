@@ -120,7 +120,7 @@ class _Routed:
         """The sublayer's output on `kept.tokens`."""
         if self.routing.whole_batch_linears:
             return self.masked_forward(kept, *inputs)[kept.tokens]  # type: ignore[attr-defined]
-        return self.subset_forward(kept, *(i[kept.tokens] for i in inputs))  # type: ignore[attr-defined]
+        return self.subset_forward(kept, *(i.index_select(0, kept.tokens) for i in inputs))  # type: ignore[attr-defined]
 
 
 def _add_patch(patch: Patch, kept: Kept, number: int, x: Tensor, output: Tensor) -> None:

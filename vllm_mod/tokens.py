@@ -88,7 +88,7 @@ class PackedDecisions(TokenDecisions):
         active = counts.nonzero().flatten()
         ends = (stored + counts)[active]
         requests = rows.upload(active)
-        cm = rows.reduced(requests, active, counts[active], rows.upload(ends.to(torch.int32)), ends, tokens)
+        cm = rows.reduced(requests, active.numpy(), counts[active].numpy(), ends.numpy(), tokens)
         subset = Subset(keep, tokens, requests, rows.build(cm), slots.to(rows.cm.slot_mapping.dtype))
         return Kept(subset)
 

@@ -210,6 +210,7 @@ def _thresholds(load: Load, kept: float) -> list[float]:
 
     routing = _state["llm"].llm_engine.model_executor.driver_worker.worker.model_runner.model.routing
     cutoffs = routing._state.default_cutoffs  # written into the state of each request that starts
+    deciding = Load(load.requests, min(load.prompt, routing.config.window or load.prompt), 1)
     decide, scores = sequences.keeps, []
 
     def recording(found: Any, cutoff: Any) -> Any:
@@ -222,7 +223,7 @@ def _thresholds(load: Load, kept: float) -> list[float]:
         for number, column in enumerate(routing.columns):
             scores.clear()
             _state["llm"].reset_prefix_cache()  # it knows the scores of prompts that it has seen
-            _submit(Load(load.requests, load.prompt, 1))
+            _submit(deciding)
             while _step():
                 pass
             found = sorted(float(s) for step in scores[number :: len(routing.columns)] for s in step)

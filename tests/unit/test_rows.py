@@ -43,7 +43,9 @@ def test_the_first_rows_of_each(case: tuple[list[Request], int, int], data: st.D
     rows = step(requests, padded_requests=padded_requests, padded_rows=padded_rows).rows
     if not 0 < sum(counts) < rows.num_tokens:
         return
-    subset = rows.first_of_each(torch.tensor(counts))
+    subset = rows.first_of_each(np.array(counts), with_attention=True)
+    alone = rows.first_of_each(np.array(counts), with_attention=False)
+    assert (alone.tokens.tolist(), alone.metadata) == (subset.tokens.tolist(), None)
     expected, start = [], 0
     for (_, _, query), count in zip(requests, counts, strict=True):
         expected += range(start, start + count)
@@ -90,7 +92,7 @@ def test_pages_and_slots(layout: Layout) -> None:
         for row, (slot, done, query) in enumerate(requests):
             blocks = -(-(done + query) // SIZE)
             assert contexts[name].block_table[row, :blocks].tolist() == pages[column, slot, :blocks].tolist()
-        subset = current.rows.first_of_each(torch.tensor([2, 0, 1]))
+        subset = current.rows.first_of_each(np.array([2, 0, 1]), with_attention=True)
         reduced, own = current.contexts_of(name, subset)
         assert own.tolist() == [expected[0], expected[1], expected[16]]
         assert reduced.block_table[:, 0].tolist() == [pages[column, 3, 0], pages[column, 7, 0]]
