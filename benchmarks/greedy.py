@@ -1,0 +1,129 @@
+"""How long greedy answers stay those of the dense model: vLLM answers held-out prompts with the base model, the
+checkpoint, and whatever it is to be compared with.
+
+  agreed     share of the dense answer's tokens before the first that differs, mean over requests
+  identical  share of requests whose whole answer is the dense one
+
+An answer ends at the end-of-sequence token, or after `--tokens`. Errors are over requests; `agreed_above_routed` is the
+mean of paired differences to the checkpoint. After the first difference two answers may both be right: this says how
+far a model was moved, not how good its answers are.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from router_tuning.hub import local_model
+from vllm_mod.config import ConfigError
+
+from .lib.common import (
+    RESULTS,
+    command,
+    command_line,
+    cpu_flags,
+    isolated,
+    machine,
+    markdown_table,
+    progress,
+    run_command,
+    write_json,
+)
+from .lib.perplexity import held_out
+
+Answers = Sequence[Sequence[int]]
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Any:
+    parser = command_line("greedy", __doc__)
+    parser.add_argument("checkpoint", type=Path, help="what `router-tuning train` or `fit` wrote")
+    parser.add_argument("--model", required=True, help="its base model: a directory, a hub name, or smollm2")
+    parser.add_argument("--data", nargs="+", required=True, help="files whose last part was held out in training")
+    parser.add_argument("--fraction", type=float, default=0.02, help="held-out part of a file (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=100, help="held-out prompts (default: %(default)s)")
+    parser.add_argument("--max-length", type=int, default=512, help="tokens of a sample (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=64, help="of an answer, at most (default: %(default)s)")
+    parser.add_argument("--others", type=Path, nargs="*", default=[], help="further checkpoints of the same base")
+    parser.add_argument("--output", type=Path, default=RESULTS / "greedy/result.json", help="default: %(default)s")
+    args = parser.parse_args(argv)
+    if args.tokens < 1 or args.samples < 2:
+        parser.error("--tokens: 1 or more, --samples: 2 or more")
+    names = ["dense", "routed", *(other.name for other in args.others)]
+    if len(set(names)) < len(names):
+        parser.error("--others: directories with names of their own are needed, other than dense and routed")
+    return args
+
+
+def generate(model: Path, prompts: list[list[int]], tokens: int, longest: int) -> list[list[int]]:
+    """Greedy answers of vLLM, in this process."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        str(model), enforce_eager=True, max_model_len=longest + tokens, block_size=32, kv_cache_memory_bytes=512 << 20,
+        max_num_seqs=32, **cpu_flags(),
+    )  # fmt: skip
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts], SamplingParams(temperature=0, max_tokens=tokens)
+    )
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def agreed(dense: Sequence[int], other: Sequence[int]) -> float:
+    """Share of `dense` before the first token that `other` has otherwise, or lacks."""
+    pairs = zip(dense, other, strict=False)
+    same = next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(dense), len(other)))
+    return same / len(dense)
+
+
+def compare(answers: Mapping[str, Answers]) -> dict[str, dict[str, float]]:
+    """System -> its row; answers: by system, `dense` and `routed` among them, two requests or more."""
+    shares = {
+        name: [agreed(dense, own) for dense, own in zip(answers["dense"], found, strict=True)]
+        for name, found in answers.items()
+        if name != "dense"
+    }
+    rows = {}
+    for name, found in shares.items():
+        above = [mine - theirs for mine, theirs in zip(found, shares["routed"], strict=True)]
+        same = [list(a) == list(b) for a, b in zip(answers["dense"], answers[name], strict=True)]
+        rows[name] = {
+            "agreed": round(statistics.mean(found), 4),
+            "agreed_standard_error": round(_standard_error(found), 4),
+            "agreed_above_routed": round(statistics.mean(above), 4),
+            "agreed_above_routed_standard_error": round(_standard_error(above), 4),
+            "identical": round(statistics.mean(same), 4),
+        }
+    return rows
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / len(values) ** 0.5
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    args.model = local_model(args.model)
+    samples = held_out(args)
+    if len(samples) < 2:
+        raise ConfigError(f"{', '.join(args.data)}: {len(samples)} usable held-out samples; two are needed")
+    prompts = [sample["input_ids"][: sample["prompt_len"]] for sample in samples]
+    systems = {"dense": args.model, "routed": args.checkpoint} | {other.name: other for other in args.others}
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    answers = {}
+    for name, path in systems.items():
+        progress(f"answers of {name}")
+        answers[name] = isolated(generate, Path(path), prompts, args.tokens, args.max_length, **environment)
+    rows = compare(answers)
+    lengths = statistics.mean(len(answer) for answer in answers["dense"])
+    result = {"requests": len(prompts), "dense_answer_tokens": round(lengths, 1), "systems": rows}
+    write_json(args.output, {"command": command("greedy"), "machine": machine(), "result": result})
+    table = [[name, *row.values()] for name, row in rows.items()]
+    progress(markdown_table(["system", *next(iter(rows.values()))], table))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    run_command(main, "greedy", "stopped; nothing is written")
