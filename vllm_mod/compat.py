@@ -76,11 +76,12 @@ def layer_name_encoder() -> Callable[[str], Any]:
     return _encode_layer_name
 
 
-def layer_name_resolver() -> Callable[[Any], str]:
-    """The inverse."""
+def module_finder() -> Callable[[Any], Any]:
+    """The inverse, up to the module that an opaque operator runs, of the forward under way."""
+    from vllm.forward_context import get_forward_context
     from vllm.utils.torch_utils import _resolve_layer_name
 
-    return _resolve_layer_name
+    return lambda encoded: get_forward_context().no_compile_layers[_resolve_layer_name(encoded)]
 
 
 def leave_out_of_lora(manager: Any, module: str) -> None:

@@ -149,7 +149,7 @@ class SequenceDecisions:
     def _rows_of(self, keep: np.ndarray, with_attention: bool) -> Kept:
         lengths = self._step.rows.lengths_host.numpy()
         counts = np.where(keep, lengths, self.inside.numpy() if self._dense else 0)
-        if np.array_equal(counts, lengths):
+        if (counts == lengths).all():
             return ALL
         return Kept(self._step.rows.first_of_each(counts, with_attention)) if counts.any() else NONE
 

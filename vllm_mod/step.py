@@ -113,7 +113,7 @@ class Step:
             return with_table(subset.metadata, self.pages.tables[0][subset.requests]), subset.slots
         column = self.pages.column(layer_name)
         assert subset.requests is not None
-        table = self.pages.tables[column].index_select(0, subset.requests)  # half of indexing's time
+        table = self.pages.tables[column].index_select(0, subset.requests)
         return with_table(subset.metadata, table), self.pages.slots[column].index_select(0, subset.tokens)
 
     def kept(self, route: Route, x: Tensor, with_attention: bool, whole_block: bool) -> Kept:

@@ -24,7 +24,7 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.utils.torch_utils import LayerNameType, direct_register_custom_op
 
-from .compat import layer_name_encoder, layer_name_resolver, leave_out_final_all_reduce, with_own_kernel
+from .compat import layer_name_encoder, leave_out_final_all_reduce, module_finder, with_own_kernel
 from .config import ConfigError
 from .decode import DecodeStep
 from .kept import ALL, Kept
@@ -34,7 +34,7 @@ from .rows import Subset, attending
 from .step import Route, Step
 
 _library = Library("vllm_mod", "FRAGMENT")
-_encode, _resolve = layer_name_encoder(), layer_name_resolver()
+_encode, _module_of = layer_name_encoder(), module_finder()
 
 
 def routed_attention(positions: Tensor, hidden_states: Tensor, output: Tensor, layer_name: LayerNameType) -> None:
@@ -43,10 +43,6 @@ def routed_attention(positions: Tensor, hidden_states: Tensor, output: Tensor, l
 
 def routed_mlp(hidden_states: Tensor, output: Tensor, layer_name: LayerNameType) -> None:
     _module_of(layer_name).run(output, hidden_states)
-
-
-def _module_of(layer_name: LayerNameType) -> Any:
-    return get_forward_context().no_compile_layers[_resolve(layer_name)]
 
 
 def _fake(*args: Any) -> None:
