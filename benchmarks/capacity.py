@@ -22,7 +22,7 @@ from typing import Any
 from vllm_mod.calibration import read_calibration
 from vllm_mod.checkpoint import read_json, read_mod_config
 
-from .lib.common import RESULTS, command, isolated, machine, markdown_table, progress, write_json
+from .lib.common import IN_PROCESS, RESULTS, command, isolated, machine, markdown_table, progress, write_json
 
 
 def arguments() -> argparse.Namespace:
@@ -120,8 +120,7 @@ def in_the_engine(args: argparse.Namespace, checkpoint: Path, file: Path) -> dic
     rows = read_sources([str(file)])[str(file)]
     samples, _ = tokenize(rows, load_tokenizer(checkpoint), args.max_length)
     prompts = [s["input_ids"][: s["prompt_len"]] for s in samples]
-    environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    return isolated(engine_kept, checkpoint, prompts, **environment)
+    return isolated(engine_kept, checkpoint, prompts, **IN_PROCESS)
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from router_tuning.hub import local_model
 from vllm_mod.config import ConfigError
 
 from .lib.common import (
+    IN_PROCESS,
     RESULTS,
     command,
     command_line,
@@ -32,7 +33,7 @@ from .lib.common import (
     run_command,
     write_json,
 )
-from .lib.perplexity import held_out
+from .lib.perplexity import held_out, held_out_arguments
 
 Answers = Sequence[Sequence[int]]
 
@@ -42,9 +43,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
     parser.add_argument("checkpoint", type=Path, help="what `router-tuning train` or `fit` wrote")
     parser.add_argument("--model", required=True, help="its base model: a directory, a hub name, or smollm2")
     parser.add_argument("--data", nargs="+", required=True, help="files whose last part was held out in training")
-    parser.add_argument("--fraction", type=float, default=0.02, help="held-out part of a file (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=100, help="held-out prompts (default: %(default)s)")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of a sample (default: %(default)s)")
+    held_out_arguments(parser, samples=100)
     parser.add_argument("--tokens", type=int, default=64, help="of an answer, at most (default: %(default)s)")
     parser.add_argument("--others", type=Path, nargs="*", default=[], help="further checkpoints of the same base")
     parser.add_argument("--output", type=Path, default=RESULTS / "greedy/result.json", help="default: %(default)s")
@@ -111,11 +110,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(f"{', '.join(args.data)}: {len(samples)} usable held-out samples; two are needed")
     prompts = [sample["input_ids"][: sample["prompt_len"]] for sample in samples]
     systems = {"dense": args.model, "routed": args.checkpoint} | {other.name: other for other in args.others}
-    environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     answers = {}
     for name, path in systems.items():
         progress(f"answers of {name}")
-        answers[name] = isolated(generate, Path(path), prompts, args.tokens, args.max_length, **environment)
+        answers[name] = isolated(generate, path, prompts, args.tokens, args.max_length, **IN_PROCESS)
     rows = compare(answers)
     lengths = statistics.mean(len(answer) for answer in answers["dense"])
     result = {"requests": len(prompts), "dense_answer_tokens": round(lengths, 1), "systems": rows}

@@ -21,13 +21,14 @@ from router_tuning.hub import local_model
 from vllm_mod.checkpoint import read_mod_config
 from vllm_mod.config import ModConfig
 
-from .lib.common import RESULTS, command, isolated, machine, progress, write_json
+from .lib.common import IN_PROCESS, RESULTS, command, isolated, machine, progress, write_json
 from .lib.engine_kept import engine_kept
 from .lib.perplexity import (
     Answers,
     compare,
     dense_config,
     held_out,
+    held_out_arguments,
     load_system,
     mean_per_token,
     perplexity,
@@ -43,9 +44,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("checkpoint", type=Path, help="what `router-tuning train` wrote")
     parser.add_argument("--model", required=True, help="its base model: a directory, a hub name, or smollm2")
     parser.add_argument("--data", nargs="+", required=True, help="files whose last part was held out in training")
-    parser.add_argument("--fraction", type=float, default=0.02, help="held-out part of a file (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=200, help="held-out samples (default: %(default)s)")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of a sample (default: %(default)s)")
+    held_out_arguments(parser)
     parser.add_argument(
         "--others", type=Path, nargs="*", default=[], help="further checkpoints of the same base, by their directory"
     )
@@ -96,8 +95,7 @@ def main() -> None:
     quality = {name: summary(found, answers, counts) for name, found in answers.items()}
     progress("kept ratio in vLLM")
     prompts = [sample["input_ids"][: sample["prompt_len"]] for sample in samples[: len(counts)]]
-    environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    kept = isolated(engine_kept, args.checkpoint, prompts, **environment)
+    kept = isolated(engine_kept, args.checkpoint, prompts, **IN_PROCESS)
     result = {
         "command": command("heldout"),
         "machine": machine(),

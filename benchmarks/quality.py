@@ -32,6 +32,7 @@ from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.evaluation import write_evaluation
 
 from .lib.common import (
+    IN_PROCESS,
     RESULTS,
     command,
     command_line,
@@ -42,9 +43,10 @@ from .lib.common import (
     run_command,
     write_json,
 )
+from .lib.perplexity import held_out_arguments
 from .lib.tasks import TASKS, Load, check_tasks, reference_scores, vllm_scores
 
-ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+ENVIRONMENT = IN_PROCESS | {"VLLM_NO_USAGE_STATS": "1"}
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -57,9 +59,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data-dir", type=Path, help="where the tasks' data sets lie as directories (default: the hub)")
     add("--include-path", type=Path, help="lm-eval's: a directory of task files that replace its own")
     add("--data", nargs="+", help="instruction data whose last part was held out in training: perplexity, static drop")
-    add("--fraction", type=float, default=0.02, help="held-out part of a file (default: %(default)s)")
-    add("--samples", type=int, default=200, help="held-out samples (default: %(default)s)")
-    add("--max-length", type=int, default=512, help="tokens of a held-out sample (default: %(default)s)")
+    held_out_arguments(parser)
     add("--static", type=int, nargs="+", metavar="LAYER", help="drop these layers instead of choosing them on --data")
     add("--no-static", action="store_true", help="leave the static drop out")
     add("--thresholds", type=float, nargs="*", help="further points of the plot, by perplexity "

@@ -21,6 +21,8 @@ from vllm_mod.config import ConfigError, ModConfig
 
 RESULTS = Path(__file__).parents[1] / "results"
 PACKAGES = ("vllm", "vllm-mod", "torch", "transformers")
+#: an engine that runs in the process that made it, beside others
+IN_PROCESS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 T = TypeVar("T")
 
 SMALL_LLAMA: dict[str, Any] = {

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .common import cpu_flags, metric_totals, progress, routed_pairs
+from .common import IN_PROCESS, cpu_flags, metric_totals, progress, routed_pairs
 
 _state: dict[str, Any] = {}  # of an engine's own process
 
@@ -147,7 +147,7 @@ def run_in_turn(engines: dict[str, Engine], load: Load, first: int = 0) -> dict[
 
 def _start(model: str, mod: dict[str, Any] | None, flags: dict[str, Any]) -> None:
     os.dup2(2, 1)  # vLLM logs to stdout, whose last line is the benchmark's
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    os.environ |= IN_PROCESS
     from vllm import LLM
 
     try:

@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def held_out_arguments(parser: argparse.ArgumentParser, samples: int = 200) -> None:
+    """What `held_out` reads, but for `--model` and `--data`."""
+    add = parser.add_argument
+    add("--fraction", type=float, default=0.02, help="held-out part of a file (default: %(default)s)")
+    add("--samples", type=int, default=samples, help="held-out samples (default: %(default)s)")
+    add("--max-length", type=int, default=512, help="tokens of a held-out sample (default: %(default)s)")
+
+
 def held_out(args: argparse.Namespace) -> list[dict[str, Any]]:
     from router_tuning.data import read_sources, split_tail, tokenize
     from router_tuning.tokenizer import load_tokenizer
