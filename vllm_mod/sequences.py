@@ -87,7 +87,6 @@ class SequenceDecisions:
         #: those whose decisions are taken in this forward
         self.deciding = (self._complete & undecided).nonzero().flatten()
         self.keep = state.keep[step.slots].cpu()  #: host, bool `[R, C]`; waits for the device
-        self._keep = self.keep.numpy()  #: the same memory
         if self.scored.numel():
             self._split()
         self._kept: dict[bytes, Kept] = {}  #: by who keeps
@@ -138,9 +137,9 @@ class SequenceDecisions:
         return self._settled[route.column]
 
     def _kept_of(self, column: int, with_attention: bool) -> Kept:
-        if self._number is not None and self._number[column] == len(self._keep):
+        if self._number is not None and self._number[column] == len(self.keep):
             return ALL
-        keep = self._keep[:, column]
+        keep = self.keep.numpy()[:, column]
         key = keep.tobytes()
         if key not in self._kept:
             self._kept[key] = self._rows_of(keep, with_attention)

@@ -109,12 +109,11 @@ class Step:
 
     def contexts_of(self, layer_name: str, subset: Subset) -> tuple[Any, Tensor]:
         """Attention metadata and slots of one layer, for the rows of `subset`."""
-        if subset.slots is not None:  # packed: places of its own
-            return with_table(subset.metadata, self.pages.tables[0][subset.requests]), subset.slots
-        column = self.pages.column(layer_name)
         assert subset.requests is not None
-        table = self.pages.tables[column].index_select(0, subset.requests)
-        return with_table(subset.metadata, table), self.pages.slots[column].index_select(0, subset.tokens)
+        column, slots = self.pages.column(layer_name), subset.slots
+        if slots is None:  # of packed KV they are places of its own
+            slots = self.pages.slots[column].index_select(0, subset.tokens)
+        return with_table(subset.metadata, self.pages.tables[column].index_select(0, subset.requests)), slots
 
     def kept(self, route: Route, x: Tensor, with_attention: bool, whole_block: bool) -> Kept:
         """Rows of `x` `[>= N, hidden]` that keep the layer's sublayer; the MLP of a block follows its attention."""
