@@ -35,11 +35,12 @@ class DecodeBuffers:
 
     def __init__(
         self, routes: list[Route], number: int, state: SequenceState | PackedState | None, tables: PageTables | None,
-        block_size: int, rows: int, dense_window: bool, device: torch.device,
+        block_size: int, rows: int, dense_window: bool, dtype: torch.dtype, device: torch.device,
     ) -> None:  # fmt: skip
         self.state, self.block_size, self.dense_window = state, block_size, dense_window
         self.use_triton = HAS_TRITON and device.type != "cpu"
         self.keep = torch.zeros(number, rows, dtype=torch.bool, device=device)
+        self.zero = torch.zeros((), dtype=dtype, device=device)  #: what a row that skips adds
         #: rows of requests, neither padding nor a rehearsal's
         self.live = torch.zeros(rows, dtype=torch.bool, device=device)
         #: kept tokens or pairs since they were last read (token level)
@@ -70,24 +71,19 @@ class DecodeStep:
         self.rows = rows.cm.num_reqs
         self.seq_lens, self.block_table = rows.cm.seq_lens[: self.rows], rows.cm.block_table_tensor[: self.rows]
         # Until the step begins nothing is attended to, stored, decided or counted.
-        buffers.live[: self.rows] = False
-        buffers.seq_lens[:, : self.rows] = 0
-        buffers.slots[:, : self.rows] = -1
+        self._split(begun=False)
 
     def begin(self) -> None:
         """The scheduler's message of this step has come."""
-        buffers, number = self.buffers, self.rows
-        if not buffers.layers:
-            buffers.live[:number] = self._cm.slot_mapping[:number] >= 0
-            return
-        slots = self.block_table[:, 0].long()
-        buffers.live[:number] = slots > 0
-        if isinstance(buffers.state, SequenceState):
-            state = buffers.state
-            inside = self.seq_lens <= state.window_ends_device[slots]
-            open_ = inside if buffers.dense_window else inside & ~state.known_device[slots]
-            buffers.keep[:, :number] = (state.keep[slots] | open_[:, None]).T
-        (kernels.split_pages if buffers.use_triton else split_pages)(buffers, self.block_table, self.seq_lens)
+        self._split(begun=True)
+
+    def _split(self, begun: bool) -> None:
+        buffers = self.buffers
+        if buffers.layers:
+            function = kernels.split_pages if buffers.use_triton else split_pages
+            function(buffers, self.block_table, self.seq_lens, begun)
+        else:
+            buffers.live[: self.rows] = self._cm.slot_mapping[: self.rows] >= 0 if begun else False
 
     def contexts(self, metadata: dict[str, Any], slots: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Attention metadata and slots per layer: views of the buffers."""
@@ -134,12 +130,18 @@ class DecodeStep:
 # ---------------------------------------------------------------- the kernels in plain torch, for the CPU
 
 
-def split_pages(buffers: DecodeBuffers, block_table: Tensor, seq_lens: Tensor) -> None:
-    """Pages, lengths and slots of every attention layer, for requests whose decisions are in `buffers.keep`."""
+def split_pages(buffers: DecodeBuffers, block_table: Tensor, seq_lens: Tensor, begun: bool) -> None:
+    """Who lives and who keeps what; pages, lengths and slots of every attention layer. Not begun: all are nobody's."""
     rows, size, layers = len(seq_lens), buffers.block_size, torch.arange(len(buffers.layers))
-    pages = buffers.all_pages.index_select(1, block_table[:, 0].long())
+    requests, state = block_table[:, 0].long() * begun, buffers.state
+    buffers.live[:rows] = requests > 0
+    if isinstance(state, SequenceState):
+        inside = seq_lens <= state.window_ends_device[requests]
+        open_ = inside if buffers.dense_window else inside & ~state.known_device[requests]
+        buffers.keep[:, :rows] = (state.keep[requests] | open_[:, None]).T
+    pages = buffers.all_pages.index_select(1, requests)
     kept = buffers.live[:rows].repeat(len(layers), 1)
-    if isinstance(buffers.state, SequenceState):
+    if isinstance(state, SequenceState):
         routed = buffers.columns >= 0
         kept[routed] &= buffers.keep[buffers.columns[routed].long(), :rows]
     last = (seq_lens - 1).clamp(min=0).long()

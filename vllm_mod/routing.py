@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from vllm.forward_context import get_forward_context
+from vllm.triton_utils import HAS_TRITON
 
 from .compat import attention_views
 from .config import ModConfig
@@ -22,6 +23,7 @@ from .stats import RoutingCounts
 from .step import Decisions, Route, Step
 from .tables import Layout, PageTables
 from .tokens import PackedDecisions, PackedState, TokenDecisions
+from .windows import compile_ahead
 
 #: Seconds between two readings of counters that are on a GPU.
 COUNTS_EVERY = 1.0
@@ -61,6 +63,8 @@ class Routing:
         self._report_size = block_size if vllm_config.cache_config.enable_prefix_caching else None
         if self.policy.by_request:
             self._state = SequenceState(self.config.cutoffs, requests + 1, device)
+            if self.routes and HAS_TRITON and device.type != "cpu":
+                compile_ahead(self._state, self.routes[0].router.weight, vllm_config.model_config.dtype)
         elif self.policy.packs_kv:
             self._state = PackedState(number, requests + 1, device)
         if self.layout is not None:
@@ -69,8 +73,9 @@ class Routing:
         rows = max(scheduler.max_num_seqs, vllm_config.compilation_config.max_cudagraph_capture_size or 0)
         self._buffers, self._latest = None, None
         self._make_buffers = functools.partial(
-            DecodeBuffers, self.routes, number, self._state, self._tables, block_size, rows, self.dense_window, device
-        )
+            DecodeBuffers, self.routes, number, self._state, self._tables, block_size, rows, self.dense_window,
+            vllm_config.model_config.dtype, device,
+        )  # fmt: skip
 
     def prepare(self, rows: Rows) -> Step:
         """A forward is coming; called by the metadata builder, before the scheduler's message is there."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +38,37 @@ def upload(values: Tensor, device: torch.device) -> Tensor:
     return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
+def download(values: Tensor) -> Tensor:
+    """To the host; waits for the device. Quicker than `Tensor.cpu`, whose memory the device cannot write to itself."""
+    if values.device.type == "cpu":
+        return values
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+    torch.accelerator.current_stream().synchronize()
+    return host
+
+
+def upload_together(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
+    """As `upload` of each, in one copy: on a GPU a copy of a few numbers takes as long as one of many."""
+    if device.type == "cpu":
+        return [torch.from_numpy(array) for array in arrays]
+    packed, places = pack(arrays)
+    on_device = upload(packed, device)
+    return [on_device[first:last].view(dtype).view(shape) for first, last, dtype, shape in places]
+
+
+def pack(arrays: Sequence[np.ndarray]) -> tuple[Tensor, list[tuple[int, int, torch.dtype, tuple[int, ...]]]]:
+    """Their bytes one after the other, uint8 on the host, and of each: where from, where to, dtype and shape."""
+    places, first = [], 0
+    for array in arrays:
+        last = first + array.nbytes
+        places.append((first, last, torch.from_numpy(array).dtype, array.shape))
+        first = -(-last // 16) * 16  # Triton compiles a kernel anew for pointers that are not aligned to that
+    packed = torch.empty(first, dtype=torch.uint8)
+    for array, (first, last, _, _) in zip(arrays, places, strict=True):
+        packed.numpy()[first:last] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return packed, places
+
+
 class Rows:
     """Read once per forward from vLLM's `CommonAttentionMetadata`; padded requests and rows are left out.
 
@@ -70,6 +101,9 @@ class Rows:
     def upload(self, values: Tensor) -> Tensor:
         return upload(values, self.device)
 
+    def upload_together(self, *arrays: np.ndarray) -> list[Tensor]:
+        return upload_together(self.device, *arrays)
+
     def first_of_each(self, counts: np.ndarray, with_attention: bool) -> Subset:
         """The first `counts[r]` rows of each request r; counts: int64 `[R]`, neither all rows nor none.
 
@@ -77,43 +111,44 @@ class Rows:
         layer of every step, so in numpy, whose small operations are quicker than torch's.
         """
         mask = self.place_host.numpy() < counts[self.request_of_token_host.numpy()]
-        tokens = self.upload(torch.from_numpy(mask.nonzero()[0]))
+        (tokens,) = mask.nonzero()
         if not with_attention:
-            return Subset(torch.from_numpy(mask), tokens)
+            return Subset(torch.from_numpy(mask), *self.upload_together(tokens))
         (active,) = counts.nonzero()
-        # A row each: the numbers of rows are those of requests.
-        requests = tokens if self.num_tokens == self.num_requests else self.upload(torch.from_numpy(active))
-        ends = (self.computed_host.numpy() + counts)[active]
-        cm = self.reduced(requests, active, counts[active], ends, tokens)
-        return Subset(torch.from_numpy(mask), tokens, requests, self.build(cm))
+        ends = self.computed_host.numpy()[active] + counts[active]
+        return self.subset(torch.from_numpy(mask), tokens, active, counts[active], ends)
 
-    def reduced(
-        self, requests: Tensor, requests_host: np.ndarray, lengths: np.ndarray, ends: np.ndarray, tokens: Tensor
-    ) -> CommonAttentionMetadata:
-        """Metadata of some requests and rows; pages and slots are set per layer.
+    def subset(
+        self, mask: Tensor, tokens: np.ndarray, requests: np.ndarray, lengths: np.ndarray, ends: np.ndarray
+    ) -> Subset:
+        """Some rows, and metadata of their requests; pages and slots are set per layer.
 
-        lengths, ends: of each of these requests, how many rows it has, and how many tokens with these.
+        mask: bool `[N]`, the rows; tokens: their numbers, int64. requests: int64, their requests' numbers; lengths,
+        ends: of each of these, how many rows it has, and how many tokens with these.
         """
         offsets = np.zeros(len(lengths) + 1, np.int32)
         lengths.cumsum(out=offsets[1:])
-        starts, seq_lens = torch.from_numpy(offsets), torch.from_numpy(ends.astype(np.int32))
-        cm = self.cm
-        return replaced(
-            cm,
-            query_start_loc=self.upload(starts),
-            query_start_loc_cpu=starts,
-            seq_lens=self.upload(seq_lens),
-            seq_lens_cpu_upper_bound=seq_lens,
-            num_reqs=len(lengths),
-            num_actual_tokens=len(tokens),
+        ends = ends.astype(np.int32)
+        where, of, starts, seq_lens = self.upload_together(tokens, requests, offsets, ends)
+        number, total = len(requests), len(tokens)
+        cm = replaced(
+            self.cm,
+            query_start_loc=starts,
+            query_start_loc_cpu=torch.from_numpy(offsets),
+            seq_lens=seq_lens,
+            seq_lens_cpu_upper_bound=torch.from_numpy(ends),
+            num_reqs=number,
+            num_actual_tokens=total,
             max_query_len=int(lengths.max()),
             max_seq_len=int(ends.max()),
-            block_table_tensor=cm.block_table_tensor.index_select(0, requests),
-            slot_mapping=cm.slot_mapping.index_select(0, tokens),
-            positions=None if cm.positions is None else cm.positions.index_select(0, tokens),
-            is_prefilling=None if cm.is_prefilling is None else cm.is_prefilling[torch.from_numpy(requests_host)],
+            # Of the right shape: each layer has others (`Step.contexts_of`).
+            block_table_tensor=self.cm.block_table_tensor[:number],
+            slot_mapping=self.cm.slot_mapping[:total],
+            positions=None if self.cm.positions is None else self.cm.positions.index_select(0, where),
+            is_prefilling=None if self.cm.is_prefilling is None else self.cm.is_prefilling[torch.from_numpy(requests)],
             req_idx=None,
         )
+        return Subset(mask, where, of, self.build(cm))
 
 
 def with_table(metadata: Any, table: Tensor) -> Any:

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .gate import keeps
 from .kept import ALL, NONE, Kept
-from .kernels import row_scores
 from .kv.messages import Report, Scored, StepMessage
+from .rows import download, upload_together
+from .windows import WindowScores
 
 if TYPE_CHECKING:
     from .stats import RoutingCounts
@@ -36,6 +36,7 @@ class SequenceState:
         self.serials = torch.zeros(slots, dtype=torch.int64)
         self.window_ends = torch.zeros(slots, dtype=torch.int64)
         self.known = torch.ones(slots, dtype=torch.bool)  #: its decisions are taken
+        self.keep_host = torch.ones(slots, routed, dtype=torch.bool)
         self.open: set[int] = set()  #: slots whose window is not complete
         # The same on the device, for decode steps in graphs; there, too:
         self.window_ends_device = torch.zeros(slots, dtype=torch.int32, device=device)
@@ -52,31 +53,33 @@ class SequenceState:
         self.open.update(start.slot for start in starts if start.computed < start.window_end)
         if not starts:
             return
-        slots = torch.tensor([start.slot for start in starts])
         routed, nothing = len(self.default_cutoffs), self.default_cutoffs.tolist()
-        self.serials[slots] = torch.tensor([start.serial for start in starts])
-        self.window_ends[slots] = ends = torch.tensor([start.window_end for start in starts])
-        self.known[slots] = known = torch.tensor([start.keep is not None for start in starts])
-        keep = torch.tensor([start.keep or (True,) * routed for start in starts])
-        sums = torch.tensor([start.sums or (0.0,) * routed for start in starts], dtype=torch.float64)
-        cutoffs = torch.tensor([start.cutoffs or nothing for start in starts], dtype=torch.float64)
-        on_device, where = self.keep.device, slots.to(self.keep.device)
-        for table, values in (
-            (self.window_ends_device, ends.int()), (self.known_device, known), (self.keep, keep), (self.sums, sums),
-            (self.cutoffs, cutoffs),
+        slots = np.array([start.slot for start in starts])
+        ends = np.array([start.window_end for start in starts])
+        known = np.array([start.keep is not None for start in starts])
+        keep = np.array([start.keep or (True,) * routed for start in starts])
+        sums = np.array([start.sums or (0.0,) * routed for start in starts])
+        cutoffs = np.array([start.cutoffs or nothing for start in starts])
+        for host, values in (
+            (self.serials, np.array([start.serial for start in starts])), (self.window_ends, ends), (self.known, known),
+            (self.keep_host, keep),
         ):  # fmt: skip
-            table[where] = values.to(on_device)
+            host.numpy()[slots] = values
+        where, *uploaded = upload_together(self.keep.device, slots, ends.astype(np.int32), known, keep, sums, cutoffs)
+        tables = self.window_ends_device, self.known_device, self.keep, self.sums, self.cutoffs
+        for table, new in zip(tables, uploaded, strict=True):
+            table[where] = new
 
 
 class SequenceDecisions:
-    """Of one forward. `R` requests, `C` routed layers, `K` pieces of prompts: a token block's rows of one request."""
+    """Of one forward. `R` requests, `C` routed layers."""
 
     def __init__(
         self, step: Step, state: SequenceState, dense_window: bool, columns: tuple[int, ...], block_size: int | None
     ) -> None:
         """columns: the routed layers of this rank. block_size: of token blocks, at whose ends scores are reported."""
         self._step, self._state, self._dense = step, state, dense_window
-        self._columns, self._block_size = columns, block_size
+        self._columns = columns
         rows, slots = step.rows, step.slots_host
         #: rows of each request that lie in its window, host int64 `[R]`
         self.inside = (state.window_ends[slots] - rows.computed_host).clamp(min=0).minimum(rows.lengths_host)
@@ -86,49 +89,28 @@ class SequenceDecisions:
         self.scored = ((self.inside > 0) & (undecided | dense_window)).nonzero().flatten()
         #: those whose decisions are taken in this forward
         self.deciding = (self._complete & undecided).nonzero().flatten()
-        self.keep = state.keep[step.slots].cpu()  #: host, bool `[R, C]`; waits for the device
+        self.keep = state.keep_host[slots]  #: bool `[R, C]`
+        self._windows: WindowScores | None = None
         if self.scored.numel():
-            self._split()
+            deciding = torch.isin(self.scored, self.deciding).numpy()
+            self._windows = WindowScores(
+                rows, state, slots.numpy(), self.scored.numpy(), self.inside.numpy(), deciding, block_size
+            )
+        #: some rows depend on what is decided in this forward
+        self._waits = bool(
+            (self.inside < rows.lengths_host)[self.deciding].any() if dense_window else len(self.deciding)
+        )
         self._kept: dict[bytes, Kept] = {}  #: by who keeps
-        self._settled: dict[int, Kept] = {}  #: by routed layer, once nothing is left to be decided
+        self._settled: dict[int, Kept] = {}  #: by routed layer, once nothing is left to wait for
         #: requests that keep, per routed layer; None while some are to be decided
-        self._number = None if self.deciding.numel() else self.keep.sum(0).tolist()
-
-    def _split(self) -> None:
-        """Which rows are scored, and how they fall into pieces: the rows of one request and one token block."""
-        rows, state, step = self._step.rows, self._state, self._step
-        inside, computed = self.inside[self.scored], rows.computed_host[self.scored]
-        request = torch.repeat_interleave(torch.arange(len(inside)), inside)
-        place = torch.arange(len(request)) - (inside.cumsum(0) - inside)[request]
-        position = place + computed[request]
-        self._rows = rows.upload(place + rows.starts_host[self.scored][request])
-        block = position // self._block_size if self._block_size else torch.zeros_like(position)
-        _, lengths = torch.unique_consecutive(request * (int(block.max()) + 1) + block, return_counts=True)
-        last = lengths.cumsum(0) - 1
-        self._lengths = rows.upload(lengths)
-        self._piece_request, self._piece_block = request[last], block[last]
-        ends = position[last] + 1
-        at_end = ends == state.window_ends[step.slots_host[self.scored]][self._piece_request]
-        #: pieces whose scores the scheduler is told: a token block ends there, or the window
-        self._told = (ends % self._block_size == 0) | at_end if self._block_size else at_end & False
-        # Pieces of a request side by side, `[requests, most pieces]`, so that their sums can be added up.
-        number = torch.bincount(self._piece_request, minlength=len(inside))
-        first = number.cumsum(0) - number
-        at = torch.arange(len(last)) - first[self._piece_request]
-        self._grid, self._shape = (rows.upload(self._piece_request), rows.upload(at)), (len(inside), int(number.max()))
-        self._last_piece = first + number - 1
-        self._prior = state.sums[step.slots[rows.upload(self.scored)]]
-        #: float64 `[K, C]`: of `w . x` from the request's first token to the end of the piece
-        self._sums = torch.zeros(len(last), self.keep.shape[1], dtype=torch.float64, device=rows.device)
-        deciding = torch.isin(self.scored, self.deciding)
-        self._deciding_piece = rows.upload(self._last_piece[deciding])
-        self._counts = rows.upload(state.window_ends[step.slots_host[self.deciding]])
-        self._cutoffs = state.cutoffs[step.slots[rows.upload(self.deciding)]]
+        self._number = None if self._waits else self.keep.sum(0).tolist()
 
     def kept(self, route: Route, x: Tensor, with_attention: bool) -> Kept:
-        """Rows of `x` `[>= N, hidden]` that keep; waits for the device only where decisions are taken."""
-        if self.scored.numel():
-            self._score(route, x)
+        """Rows of `x` `[>= N, hidden]` that keep; waits for the device only where a decision has rows behind it."""
+        if self._windows is not None:
+            decided = self._windows.add(route, x)
+            if self._waits:
+                self.keep[self.deciding, route.column] = download(decided)
         if self._number is None:
             return self._kept_of(route.column, with_attention)
         if not self._settled:
@@ -152,43 +134,31 @@ class SequenceDecisions:
             return ALL
         return Kept(self._step.rows.first_of_each(counts, with_attention)) if counts.any() else NONE
 
-    def _score(self, route: Route, x: Tensor) -> None:
-        column = route.column
-        scores = row_scores(x[self._rows], route.router.weight)
-        # The check of lengths would wait for the device, in every layer; these were made on the host.
-        sums = torch.segment_reduce(scores.double(), "sum", lengths=self._lengths, unsafe=True)
-        grid = sums.new_zeros(self._shape)
-        grid[self._grid] = sums
-        self._sums[:, column] = (grid.cumsum(1) + self._prior[:, column, None])[self._grid]
-        if self.deciding.numel():
-            mean = self._sums[self._deciding_piece, column] / self._counts
-            self.keep[self.deciding, column] = route.agreed(keeps(mean, self._cutoffs[:, column])).cpu()
-
     def close(self, counts: RoutingCounts) -> Report | None:
         """Freeze what was decided; returns what the scheduler is to know."""
-        if not self.scored.numel():
+        if self._windows is None:
             return None
-        state, step, upload = self._state, self._step, self._step.rows.upload
-        state.sums[step.slots[upload(self.scored)]] = self._sums[upload(self._last_piece)]
+        state, slots = self._state, self._step.slots_host
         if self.deciding.numel():
-            decided = self.keep[self.deciding]
-            state.keep[step.slots[upload(self.deciding)]] = upload(decided)
-            state.known[step.slots_host[self.deciding]] = True
+            self.keep[self.deciding] = decided = download(self._windows.decided).T
+            state.keep_host[slots[self.deciding]] = decided
+            state.known[slots[self.deciding]] = True
             counts.decided(decided, self._columns)
-        state.open.difference_update(step.slots_host[self._complete].tolist())
-        return self._report()
+        state.open.difference_update(slots[self._complete].tolist())
+        return self._report(self._windows)
 
-    def _report(self) -> Report | None:
+    def _report(self, windows: WindowScores) -> Report | None:
         report = Report(self._columns)
-        sums = self._sums.cpu().numpy() if self._told.any() else np.zeros((len(self._sums), self.keep.shape[1]))
+        told, shape = windows.told, (windows.sums.shape[1], windows.sums.shape[0])
+        sums = download(windows.sums).numpy().T if told.any() else np.zeros(shape)
         serials = self._state.serials[self._step.slots_host].tolist()
         for number, row in enumerate(self.scored.tolist()):
-            told = (self._told & (self._piece_request == number)).nonzero().flatten()
+            (mine,) = (told & (windows.request == number)).nonzero()
             complete = bool(self._complete[row])
-            if told.numel() or complete:
-                first = int(self._piece_block[told[0]]) if told.numel() else 0
+            if len(mine) or complete:
+                first = int(windows.block[mine[0]]) if len(mine) else 0
                 keep = self.keep[row].numpy().copy() if complete else None
-                report.scored[serials[row]] = Scored(first, sums[told.numpy()], keep)
+                report.scored[serials[row]] = Scored(first, sums[mine], keep)
         return report if report.scored else None
 
 
@@ -214,6 +184,7 @@ def decided_in_graph(
     sums, keep = state.sums[where].cpu(), state.keep[where].cpu()
     deciding = (complete & undecided)[chosen]
     state.known[slots[chosen[deciding]]] = True
+    state.keep_host[slots[chosen[deciding]]] = keep[deciding]
     state.open.difference_update(slots[chosen[complete[chosen]]].tolist())
     counts.decided(keep[deciding], columns)
     report, serials = Report(columns), state.serials[slots].tolist()

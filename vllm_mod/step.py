@@ -12,7 +12,7 @@ from vllm.distributed import get_tp_group
 
 from .kept import Kept
 from .patch import Patch
-from .rows import Rows, Subset, with_table
+from .rows import Rows, Subset, download, with_table
 from .tables import Layout, PageTables
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Step:
     @functools.cached_property
     def slots_host(self) -> Tensor:
         """Waits for the device."""
-        return self.slots.cpu()
+        return download(self.slots)
 
     @functools.cached_property
     def pages(self) -> Pages:

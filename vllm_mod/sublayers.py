@@ -107,7 +107,7 @@ class _Routed:
         rows = len(keep)
         result = self.masked_stock_forward(step, *inputs)  # type: ignore[attr-defined]
         output[rows:].zero_()
-        torch.where(keep[:, None], result[:rows], result.new_zeros(()), out=output[:rows])
+        torch.where(keep[:, None], result[:rows], step.buffers.zero, out=output[:rows])
         self._on_all_rows(output)
         if self.patch is not None:
             torch.where(keep[:, None], output[:rows], self.patch(inputs[-1][:rows]), out=output[:rows])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .kv.messages import NewPages
-from .rows import upload
+from .rows import upload_together
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,11 @@ class PageTables:
     def update(self, new: NewPages) -> None:
         if not len(new.counts):
             return
-        counts = torch.from_numpy(new.counts)
-        slots = torch.repeat_interleave(torch.from_numpy(new.slots), counts)
-        before = counts.cumsum(0) - counts
-        blocks = torch.arange(len(slots)) + torch.repeat_interleave(torch.from_numpy(new.firsts) - before, counts)
-        pages = torch.from_numpy(new.pages).T
-        slots, blocks, pages = (upload(values, self.pages.device) for values in (slots, blocks, pages))
-        self.pages[:, slots, blocks] = pages
+        slots = new.slots.repeat(new.counts)
+        before = new.counts.cumsum() - new.counts
+        blocks = np.arange(len(slots)) + (new.firsts - before).repeat(new.counts)
+        where, block, pages = upload_together(self.pages.device, slots, blocks, new.pages)
+        self.pages[:, where, block] = pages.T
 
     def of(self, slots: Tensor, blocks: int) -> Tensor:
         """The first `blocks` pages of each request, `[G, R, blocks]`; slots: int64 `[R]`."""

@@ -15,7 +15,7 @@ from .gate import keeps
 from .kept import ALL, NONE, Kept
 from .kernels import row_scores
 from .kv.messages import StepMessage
-from .rows import Subset
+from .rows import Subset, download
 
 if TYPE_CHECKING:
     from .stats import RoutingCounts
@@ -35,7 +35,7 @@ class TokenDecisions:
             kept = ALL if route.cutoff < 0 else NONE
             self._counts.add(route.column, total if kept.all else 0, total)
             return kept
-        keep = route.agreed(keeps(row_scores(x[:total], route.router.weight), route.cutoff)).cpu()
+        keep = download(route.agreed(keeps(row_scores(x[:total], route.router.weight), route.cutoff)))
         number = int(keep.sum())
         self._counts.add(route.column, number, total)
         if not number:
@@ -83,13 +83,12 @@ class PackedDecisions(TokenDecisions):
         request = request[tokens_host]
         place = stored[request] + torch.arange(tokens_host.numel()) - (counts.cumsum(0) - counts)[request]
         size = step.block_size
-        tokens, row, column, offset = map(rows.upload, (tokens_host, request, place // size, place % size))
+        row, column, offset = rows.upload_together(request.numpy(), (place // size).numpy(), (place % size).numpy())
         slots = step.pages.tables[0][row, column].long() * size + offset
         active = counts.nonzero().flatten()
-        ends = (stored + counts)[active]
-        requests = rows.upload(active)
-        cm = rows.reduced(requests, active.numpy(), counts[active].numpy(), ends.numpy(), tokens)
-        subset = Subset(keep, tokens, requests, rows.build(cm), slots.to(rows.cm.slot_mapping.dtype))
+        ends = (stored + counts)[active].numpy()
+        subset = rows.subset(keep, tokens_host.numpy(), active.numpy(), counts[active].numpy(), ends)
+        subset.slots = slots.to(rows.cm.slot_mapping.dtype)
         return Kept(subset)
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ QUICK = {
     ),
     ("test_decode.py", "../unit/test_kernels.py"): (
         "(test_dense and (attn_sequence or attn_token) and True)"
-        " or test_split_pages or test_decide or test_token_scores"
+        " or test_split_pages or test_decide or test_token_scores or test_window"
     ),
 }
 SLOW = {

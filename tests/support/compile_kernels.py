@@ -19,10 +19,10 @@ from vllm_mod import kernels  # noqa: E402
 POINTERS = {
     "*i32": ("block_table", "seq_lens", "columns", "page_columns", "pages", "tables", "layer_seq_lens", "stored",
              "window_ends"),
-    "*i64": ("layer_slots", "kept_count"),
-    "*i1": ("live", "keep", "state", "known"),
+    "*i64": ("layer_slots", "kept_count", "rows", "first_row", "first_piece", "slots", "ends", "number"),
+    "*i1": ("live", "keep", "state", "known", "state_keep", "decided"),
     "*fp32": ("weight", "scores"),
-    "*fp64": ("cutoffs", "sums"),
+    "*fp64": ("cutoffs", "sums", "state_sums"),
     "*bf16": ("x",),
     "fp32": ("cutoff",),
 }  # fmt: skip
@@ -40,8 +40,10 @@ def compile_kernel(kernel: Any, **constants: Any) -> None:
 
 def main() -> None:
     compile_kernel(kernels._scores_kernel, CHUNK=1024)
-    for decided, shared in ((True, False), (True, True), (False, True)):
-        flags = {"DECIDED": decided, "SHARED": shared}
+    compile_kernel(kernels._row_scores_kernel, CHUNK=1024)
+    compile_kernel(kernels._window_sums_kernel, CHUNK=128)
+    for decided, dense, shared in ((True, True, False), (True, False, False), (True, True, True), (False, False, True)):
+        flags = {"DECIDED": decided, "DENSE": dense, "SHARED": shared}
         compile_kernel(kernels._split_pages_kernel, BLOCK_SIZE=16, CHUNK=128, **flags)
     for attention in (True, False):
         for dense in (True, False):

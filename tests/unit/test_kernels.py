@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from vllm.triton_utils import HAS_TRITON
@@ -19,6 +20,7 @@ from vllm_mod.sequences import SequenceState
 from vllm_mod.step import Route, Router
 from vllm_mod.tables import Layout, PageTables
 from vllm_mod.tokens import PackedState
+from vllm_mod.windows import WindowScores, add_window_scores, compile_ahead
 
 interpreted = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton, interpreted: see parity/test_v2.py")
 
@@ -44,7 +46,7 @@ def make(kind: str, shared: bool, seed: int) -> tuple[DecodeBuffers, DecodeStep]
         state.sums[1:] = torch.randn(SLOTS - 1, ROUTED, generator=g, dtype=torch.float64)
         state.cutoffs[4:] = torch.tensor([INF, 0.1, -INF])  # dials
     routes = [Route(i, COLUMNS[name], Router(8), 0.0, kv_layer=name) for i, name in enumerate(COLUMNS)]
-    buffers = DecodeBuffers(routes, ROUTED, state, tables, SIZE, ROWS + 2, kind == "window", cpu)
+    buffers = DecodeBuffers(routes, ROUTED, state, tables, SIZE, ROWS + 2, kind == "window", torch.float32, cpu)
     for buffer in (buffers.keep, buffers.live, buffers.seq_lens, buffers.slots, buffers.tables):
         buffer.copy_(torch.randint(0, 2, buffer.shape, generator=g) if buffer.dtype == torch.bool else buffer - 7)
     slots = torch.randperm(SLOTS - 1, generator=g)[:ROWS] + 1
@@ -64,17 +66,22 @@ def make(kind: str, shared: bool, seed: int) -> tuple[DecodeBuffers, DecodeStep]
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("kind", ["prompt", "window", "tokens"])
-def test_split_pages(kind: str, shared: bool, seed: int) -> None:
+@pytest.mark.parametrize("begun", [True, False])
+def test_split_pages(kind: str, shared: bool, seed: int, begun: bool) -> None:
     plain, step = make(kind, shared, seed)
     step.begin()
     triton = copy.deepcopy(plain)
     for buffers in (plain, triton):
         buffers.seq_lens[:], buffers.slots[:], buffers.tables[:] = -7, -7, -7
-    decode.split_pages(plain, step.block_table, step.seq_lens)
-    kernels.split_pages(triton, step.block_table, step.seq_lens)
+        buffers.live[:], buffers.keep[:] = buffers is plain, buffers is plain
+    decode.split_pages(plain, step.block_table, step.seq_lens, begun)
+    kernels.split_pages(triton, step.block_table, step.seq_lens, begun)
+    assert plain.live[:ROWS].any() == begun
+    assert torch.equal(plain.live[:ROWS], triton.live[:ROWS])
+    assert kind == "tokens" or torch.equal(plain.keep[:, :ROWS], triton.keep[:, :ROWS])
     assert torch.equal(plain.seq_lens, triton.seq_lens)
     assert torch.equal(plain.slots, triton.slots)
-    assert (plain.slots[:, ROWS - 1] == -1).all() and (plain.slots[:, : ROWS - 1] >= 0).any()
+    assert (plain.slots[:, ROWS - 1] == -1).all() and (plain.slots[:, : ROWS - 1] >= 0).any() == begun
     for layer, column in enumerate(plain.page_columns_host):
         for row in range(ROWS):  # entries behind a row's last page are never read
             used = -(-int(plain.seq_lens[layer, row]) // SIZE)
@@ -117,6 +124,45 @@ def test_token_scores(dtype: torch.dtype) -> None:
     torch.testing.assert_close(kernels.token_scores(padded, weight), gate.token_scores(x, weight), rtol=1e-4, atol=1e-3)
 
 
+@interpreted
+@pytest.mark.parametrize("block_size", [None, 4])
+@pytest.mark.parametrize("seed", range(3))
+def test_window_scores(seed: int, block_size: int | None) -> None:
+    """Windows that end in this step, that go on, of one row, longer than a chunk; and a request that has none."""
+    rng = np.random.default_rng(seed)
+    lengths = np.array([5, 1, 300, 7, 2, 9])
+    computed, order = rng.integers(0, 6, 6), rng.permutation(8)[:6] + 1
+    state = SequenceState([0.0, -INF, INF], SLOTS, torch.device("cpu"))
+    inside = np.minimum(lengths, [5, 1, 299, 0, 2, 4])
+    state.window_ends[order] = torch.from_numpy(computed + inside + np.array([0, 3, 0, 0, 0, 0]))
+    state.sums[1:] = torch.randn(SLOTS - 1, ROUTED, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    state.cutoffs[3:6] = torch.tensor([0.1, INF, 0.3])  # dials
+    requests = list(zip(order.tolist(), computed.tolist(), lengths.tolist(), strict=True))
+    rows = Rows(metadata(requests, padded_rows=2), lambda cm: cm)
+    scored, deciding = np.array([0, 1, 2, 4, 5]), np.array([True, False, True, False, True])
+    states = state, copy.deepcopy(state)
+    plain, triton = (WindowScores(rows, s, order, scored, inside, deciding, block_size) for s in states)
+    x = torch.randn(len(rows.place_host) + 2, 1100, generator=torch.Generator().manual_seed(seed)) / 30
+    x[0] = float("nan")
+    weight = torch.randn(1, 1100, generator=torch.Generator().manual_seed(9))
+    for column in range(ROUTED):
+        for function, scores in ((add_window_scores, plain), (kernels.add_window_scores, triton)):
+            function(x, weight, *scores.arguments(column))
+    assert torch.equal(plain.decided, triton.decided) and torch.equal(states[0].keep, states[1].keep)
+    assert plain.decided[0].tolist() != plain.decided[1].tolist() and plain.decided[0, 0]  # NaN keeps
+    for left, right in ((plain.sums, triton.sums), (states[0].sums, states[1].sums)):
+        torch.testing.assert_close(left, right, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+def test_window_kernels_are_compiled_ahead() -> None:
+    """By a launch that changes nothing of anybody's state."""
+    state = SequenceState([0.0, INF], SLOTS, torch.device("cpu"))
+    before = copy.deepcopy(state)
+    compile_ahead(state, torch.ones(1, 40), torch.bfloat16)
+    assert torch.equal(state.sums, before.sums) and torch.equal(state.keep, before.keep)
+
+
 @pytest.mark.skipif(HAS_TRITON, reason="the interpreter has taken the compiler's place")
 def test_they_compile_for_a_gpu(tmp_path: Path) -> None:
     """What the interpreter lets pass may still be refused by the compiler."""
@@ -129,4 +175,4 @@ def test_they_compile_for_a_gpu(tmp_path: Path) -> None:
         text=True,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("_kernel ") == 14
+    assert run.stdout.count("_kernel ") == 17
