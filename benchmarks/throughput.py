@@ -8,7 +8,7 @@
   patched mod with patches of rank --patch-rank, where that is given
 
 Weights are random ("dummy"): no speed depends on them. All engines are up, each in a process, and take turns step by
-step (`--alone`: one engine at a time, where they do not fit together), `--repeats` times.
+step (`--turns load`: load by load; `--alone`: one engine at a time, where they do not fit together), `--repeats` times.
 
   decode   tokens/s of the decode steps, all requests running
   prefill  tokens/s of the prefill steps
@@ -20,14 +20,15 @@ step (`--alone`: one engine at a time, where they do not fit together), `--repea
   and its batch of one:
     python -m benchmarks.throughput --shape llama3-8b --alone --requests 1 --prompt 1024 --output-len 256
 
-The last line is {"workload", "tokens_per_s", "spread", "kept_ratio", "overhead", "speedup", "fraction_of_static",
-"ceiling", "patches", "not_significant", "notes"}. Ratios are medians of the ratios of single repeats; spread is their
-(max - min) / median; a ratio whose repeats lie on both sides of 1 is "not significant".
+The last line is {"workload", "tokens_per_s", "generated_per_s" (over all the time), "spread", "kept_ratio", "overhead",
+"speedup", "fraction_of_static", "ceiling", "patches", "not_significant", "notes"}. Ratios are medians of the ratios of
+single repeats; spread is their (max - min) / median; a ratio whose repeats lie on both sides of 1 is "not significant".
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import tempfile
@@ -63,6 +64,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--caching", action="store_true", help="prefix caching and chunked prefill on in all engines; needs --window"
     )
+    parser.add_argument(
+        "--batched-tokens", type=int, default=2048, help="of a step, with --caching (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--turns", choices=("step", "load"), default="step",
+        help="engines take turns step by step, or load by load, which a GPU needs: it works on while the host goes on",
+    )  # fmt: skip
     parser.add_argument("--patch-rank", type=int, help="measure patches of this rank, too")
     parser.add_argument("--mixed", action="store_true", help="each request skips layers of its own")
     parser.add_argument("--sweep", choices=("prompt", "kept", "requests"), help="repeat for each of --values, and plot")
@@ -126,10 +134,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 base = systems["stock"][0]
                 routed_config(mod, base, args.granularity, routed, thresholds, args.window)
                 engines["mod"] = Engine(mod, knobs, flags)
-            run_in_turn(engines, Load(min(args.requests, 4), args.prompt, 4))  # warm-up
+            whole = args.turns == "load"
+            run_in_turn(engines, Load(min(args.requests, 4), args.prompt, 4), whole=whole)  # warm-up
             for repeat in range(args.repeats):
                 before = engines["mod"].counts() if "mod" in engines else None
-                for name, times in run_in_turn(engines, load, repeat).items():
+                if not args.mixed:  # thresholds are made for these prompts
+                    load = dataclasses.replace(load, variant=repeat + 1)  # others, which no cache has seen
+                for name, times in run_in_turn(engines, load, repeat, whole).items():
                     progress(f"repeat {repeat + 1} {name:<7} {times.rate(args.workload):8.1f} tokens/s")
                     found["times"].setdefault(name, []).append(times)
             for name, engine in engines.items():
@@ -148,6 +159,9 @@ def compared(times: dict[str, list[Times]], workload: str) -> dict[str, Any]:
     result: dict[str, Any] = {
         "workload": workload,
         "tokens_per_s": {name: round(statistics.median(found), 1) for name, found in rates.items()},
+        "generated_per_s": {
+            name: round(statistics.median(t.rate("pool") for t in found), 1) for name, found in times.items()
+        },
         "spread": {},
     }
     unclear = []

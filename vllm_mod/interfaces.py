@@ -83,6 +83,8 @@ INTERFACES = (
         ("common_prefix_len", "common_attn_metadata", "fast_build"),
     ),
     Interface("vllm.v1.attention.backend", "subclass_attention_backend"),
+    Interface("vllm.v1.worker.gpu.model_states.default", "DefaultModelState.prepare_attn", ("input_batch",)),
+    Interface("vllm.v1.worker.gpu.input_batch", "InputBatch", ("req_ids",)),
     # KV cache
     Interface(
         _CORE + "single_type_kv_cache_manager", "FullAttentionManager",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from .rows import Subset
 
 
@@ -11,6 +13,8 @@ from .rows import Subset
 class Kept:
     subset: Subset | None
     all: bool = False
+    #: rows among these of which only the device knows whether they keep: their numbers, int64 `[m]`, and bool `[m]`
+    undecided: tuple[Tensor, Tensor] | None = None
 
     @property
     def none(self) -> bool:

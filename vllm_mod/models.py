@@ -20,6 +20,7 @@ from .expert_adapters import AdaptersBesideExperts
 from .experts import route_experts
 from .kv.attention import track_requests
 from .loading import RoutedWeights
+from .names import model_state_class
 from .patch import Patch
 from .plan import Plan, plan_of
 from .routing import Routing
@@ -62,6 +63,10 @@ class MoDModel(AdaptersBesideExperts, RoutedWeights, nn.Module):
             if isinstance(module, Attention):
                 module.attn_backend = stepping_backend(module.attn_backend)
                 module.mod_routing, module.mod_mailbox = self.routing, self.routing.mailbox
+
+    def get_model_state_cls(self) -> type:
+        """Asked for by vLLM's Model Runner V2."""
+        return model_state_class()
 
     def _layers_to_change(self) -> dict[int, nn.Module]:
         """Routed layers that live on this pipeline rank; ConfigError if the architecture is of another kind."""
@@ -125,6 +130,7 @@ def _install(
         for part, name in _parts(config, row):
             turn = route_attention if part == "self_attn" else route_experts if config.policy.by_experts else route_mlp
             sublayer = getattr(layer, name)
+            routing.weights += sum(weight.numel() for weight in sublayer.parameters())
             turn(sublayer, f"model.layers.{index}.{name}", route, routing, by_name)
             if sublayer.patch is not None and part in row.post_norms:
                 norm_inside(sublayer, getattr(layer, row.post_norms[part]))

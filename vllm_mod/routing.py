@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from .config import ModConfig
 from .decode import DecodeBuffers, DecodeStep
 from .kv.messages import Report, StepMessage
 from .mailbox import Mailbox
+from .names import SlotNames
 from .rows import Rows
 from .sequences import SequenceDecisions, SequenceState, decided_in_graph
 from .stats import RoutingCounts
@@ -25,6 +26,10 @@ from .tables import Layout, PageTables
 from .tokens import PackedDecisions, PackedState, TokenDecisions
 from .windows import compile_ahead
 
+#: Rows times weights of routed sublayers from which on it pays to wait for the device in each of these, to leave out
+#: rows that a decision of the same step skips: half of it, two operations each, is what a GPU computes in the 12 ms
+#: that a step takes longer if its host cannot run ahead (an H100, 3 billion weights).
+WAIT_FROM = 6 * 10**12
 #: Seconds between two readings of counters that are on a GPU.
 COUNTS_EVERY = 1.0
 
@@ -41,6 +46,7 @@ class Routing:
         self.whole_batch_linears = False
         #: where KV lies, of a model whose requests have state on the workers; None: vLLM's own block table
         self.layout: Layout | None = None
+        self.weights = 0  #: of the routed sublayers on this rank
         #: decode steps keep static shapes, for FULL CUDA graphs (see `decode`)
         self.static_decode = False
         self.step: Step | None = None  #: the one that is running
@@ -49,6 +55,8 @@ class Routing:
         self._state: SequenceState | PackedState | None = None
         self._tables: PageTables | None = None
         self._buffers: DecodeBuffers | None = None
+        self._names = SlotNames()
+        self._wait_from = 0
         self._unread, self._read_next = 0, 0.0  #: decode rows that only the device has counted; when to ask it
 
     @property
@@ -62,8 +70,11 @@ class Routing:
         self._block_size = block_size
         self._report_size = block_size if vllm_config.cache_config.enable_prefix_caching else None
         if self.policy.by_request:
-            self._state = SequenceState(self.config.cutoffs, requests + 1, device)
-            if self.routes and HAS_TRITON and device.type != "cpu":
+            on_cpu = device.type == "cpu"  # which waits for nothing
+            lag = 0 if on_cpu else 2 if scheduler.async_scheduling else 1
+            self._state = SequenceState(self.config.cutoffs, requests + 1, device, lag)
+            self._wait_from = 0 if on_cpu else WAIT_FROM // max(self.weights, 1)
+            if self.routes and HAS_TRITON and not on_cpu:
                 compile_ahead(self._state, self.routes[0].router.weight, vllm_config.model_config.dtype)
         elif self.policy.packs_kv:
             self._state = PackedState(number, requests + 1, device)
@@ -86,8 +97,17 @@ class Routing:
             step.decode = DecodeStep(self._buffers, rows)
         return step
 
+    def name_rows(self, names: Sequence[str]) -> None:
+        """Of the forward that was prepared last: the requests' ids, in the order of its rows."""
+        if self._latest is not None:
+            self._latest.slots_by_name = functools.partial(self._names.slots, names)
+
     def begin(self, message: StepMessage) -> None:
         """The scheduler's message, before the forward if there is one; outside of any graph."""
+        self._names.begin(message)
+        if isinstance(self._state, SequenceState):
+            for decided in self._state.settle():
+                self.counts.decided(decided, self.columns)
         if self._state is not None:
             self._state.begin(message)
         if self._tables is not None:
@@ -133,7 +153,9 @@ class Routing:
     def _decisions(self, step: Step) -> Decisions:
         counts = self.counts_of(step)
         if isinstance(self._state, SequenceState):
-            return SequenceDecisions(step, self._state, self.dense_window, self.columns, self._report_size)
+            return SequenceDecisions(
+                step, self._state, self.dense_window, self.columns, self._report_size, self._wait_from
+            )
         if isinstance(self._state, PackedState):
             return PackedDecisions(step, counts, self._state)
         return TokenDecisions(step, counts)

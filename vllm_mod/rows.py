@@ -38,13 +38,26 @@ def upload(values: Tensor, device: torch.device) -> Tensor:
     return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
+class Download:
+    """A tensor on its way from the device to the host, into memory that the device writes to itself."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._host, self._there = values, None
+        if values.device.type != "cpu":
+            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+            self._there = torch.Event(values.device)
+            self._there.record()
+
+    def wait(self) -> Tensor:
+        if self._there is not None:
+            self._there.synchronize()
+        return self._host
+
+
 def download(values: Tensor) -> Tensor:
-    """To the host; waits for the device. Quicker than `Tensor.cpu`, whose memory the device cannot write to itself."""
-    if values.device.type == "cpu":
-        return values
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
-    torch.accelerator.current_stream().synchronize()
-    return host
+    """To the host; waits for the device."""
+    return Download(values).wait()
 
 
 def upload_together(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:

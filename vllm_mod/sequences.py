@@ -7,7 +7,9 @@ whole prompt, whose tokens follow it, too.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from .kept import ALL, NONE, Kept
 from .kv.messages import Report, Scored, StepMessage
-from .rows import download, upload_together
+from .rows import Download, download, upload_together
 from .windows import WindowScores
 
 if TYPE_CHECKING:
@@ -30,13 +32,16 @@ class SequenceState:
     Everything of a slot is written anew when a (re-)prefill starts, so nothing of its previous owner is seen.
     """
 
-    def __init__(self, cutoffs: Sequence[float], slots: int, device: torch.device) -> None:
+    def __init__(self, cutoffs: Sequence[float], slots: int, device: torch.device, lag: int = 0) -> None:
+        """lag: after how many steps the host reads what the device decided in one; 2 where it runs a step ahead."""
         routed = len(cutoffs)
         self.default_cutoffs = torch.tensor(cutoffs, dtype=torch.float64)
         self.serials = torch.zeros(slots, dtype=torch.int64)
         self.window_ends = torch.zeros(slots, dtype=torch.int64)
         self.known = torch.ones(slots, dtype=torch.bool)  #: its decisions are taken
         self.keep_host = torch.ones(slots, routed, dtype=torch.bool)
+        self.on_host = torch.ones(slots, dtype=torch.bool)  #: its decisions, if they are taken, are in `keep_host`
+        self._coming: deque[list[_Coming]] = deque([[] for _ in range(lag)])  #: of the last steps
         self.open: set[int] = set()  #: slots whose window is not complete
         # The same on the device, for decode steps in graphs; there, too:
         self.window_ends_device = torch.zeros(slots, dtype=torch.int32, device=device)
@@ -62,7 +67,7 @@ class SequenceState:
         cutoffs = np.array([start.cutoffs or nothing for start in starts])
         for host, values in (
             (self.serials, np.array([start.serial for start in starts])), (self.window_ends, ends), (self.known, known),
-            (self.keep_host, keep),
+            (self.keep_host, keep), (self.on_host, np.True_),
         ):  # fmt: skip
             host.numpy()[slots] = values
         where, *uploaded = upload_together(self.keep.device, slots, ends.astype(np.int32), known, keep, sums, cutoffs)
@@ -70,14 +75,55 @@ class SequenceState:
         for table, new in zip(tables, uploaded, strict=True):
             table[where] = new
 
+    def decide(self, slots: Tensor, decided: Download, now: bool) -> list[Tensor]:
+        """Decisions taken in this step. slots: int64 `[n]`, on the host; decided: bool `[C, n]`, on its way there.
+
+        now: they are there already. Returns those that have come, bool `[n, C]` each.
+        """
+        self.known[slots] = True
+        self.on_host[slots] = False
+        coming = _Coming(slots, self.serials[slots], decided)
+        if now or not self._coming:
+            return self._read([coming])
+        self._coming[-1].append(coming)
+        return []
+
+    def settle(self) -> list[Tensor]:
+        """A step begins: wait for what the device decided `lag` steps ago. All ranks do so in the same step."""
+        if not self._coming:
+            return []
+        self._coming.append([])
+        return self._read(self._coming.popleft())
+
+    def _read(self, found: Sequence[_Coming]) -> list[Tensor]:
+        decisions = []
+        for coming in found:
+            decisions.append(decided := coming.decided.wait().T)
+            same = self.serials[coming.slots] == coming.serials  # others have ended, or were preempted, since
+            self.keep_host[coming.slots[same]] = decided[same]
+            self.on_host[coming.slots[same]] = True
+        return decisions
+
+
+@dataclass
+class _Coming:
+    """Decisions on their way to the host, and whose they are: slots and prefills."""
+
+    slots: Tensor
+    serials: Tensor
+    decided: Download
+
 
 class SequenceDecisions:
     """Of one forward. `R` requests, `C` routed layers."""
 
     def __init__(
-        self, step: Step, state: SequenceState, dense_window: bool, columns: tuple[int, ...], block_size: int | None
-    ) -> None:
-        """columns: the routed layers of this rank. block_size: of token blocks, at whose ends scores are reported."""
+        self, step: Step, state: SequenceState, dense_window: bool, columns: tuple[int, ...], block_size: int | None,
+        wait_from: int = 0,
+    ) -> None:  # fmt: skip
+        """columns: the routed layers of this rank. block_size: of token blocks, at whose ends scores are reported.
+        wait_from: where decisions of this forward have so many rows behind them, these are left out in layers that they
+        skip, for which the host waits for the device in every layer; fewer are computed and replaced."""
         self._step, self._state, self._dense = step, state, dense_window
         self._columns = columns
         rows, slots = step.rows, step.slots_host
@@ -97,26 +143,46 @@ class SequenceDecisions:
                 rows, state, slots.numpy(), self.scored.numpy(), self.inside.numpy(), deciding, block_size
             )
         #: some rows depend on what is decided in this forward
-        self._waits = bool(
-            (self.inside < rows.lengths_host)[self.deciding].any() if dense_window else len(self.deciding)
-        )
+        behind = rows.lengths_host - self.inside if dense_window else rows.lengths_host
+        self._waits = int(behind[self.deciding].sum()) >= max(wait_from, 1)
+        undecided = ~state.on_host[slots]
+        undecided[self.deciding] = not self._waits
+        self._undecided = self._rows_behind(undecided, behind) if undecided.any() else None
         self._kept: dict[bytes, Kept] = {}  #: by who keeps
         self._settled: dict[int, Kept] = {}  #: by routed layer, once nothing is left to wait for
         #: requests that keep, per routed layer; None while some are to be decided
         self._number = None if self._waits else self.keep.sum(0).tolist()
 
+    def _rows_behind(self, requests: Tensor, behind: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The last `behind` rows of each of these requests (bool `[R]`), and the slot of each: int64 `[m]`."""
+        rows = self._step.rows
+        of, from_end = rows.request_of_token_host, rows.lengths_host[rows.request_of_token_host] - rows.place_host
+        chosen = (requests[of] & (from_end <= behind[of])).nonzero().flatten()
+        if not len(chosen):
+            return None
+        numbers, slots = rows.upload_together(chosen.numpy(), self._step.slots_host[of[chosen]].numpy())
+        return numbers, slots
+
     def kept(self, route: Route, x: Tensor, with_attention: bool) -> Kept:
-        """Rows of `x` `[>= N, hidden]` that keep; waits for the device only where a decision has rows behind it."""
+        """Rows of `x` `[>= N, hidden]` that keep."""
         if self._windows is not None:
             decided = self._windows.add(route, x)
             if self._waits:
                 self.keep[self.deciding, route.column] = download(decided)
         if self._number is None:
-            return self._kept_of(route.column, with_attention)
-        if not self._settled:
-            # Together: between two layers' attentions the same work finds nothing in the processor's caches.
-            self._settled = {column: self._kept_of(column, with_attention) for column in self._columns}
-        return self._settled[route.column]
+            kept = self._kept_of(route.column, with_attention)
+        else:
+            if not self._settled:
+                # Together: between two layers' attentions the same work finds nothing in the processor's caches.
+                self._settled = {column: self._kept_of(column, with_attention) for column in self._columns}
+            kept = self._settled[route.column]
+        if self._undecided is None:
+            return kept
+        rows, slots = self._undecided
+        keep = self._state.keep[:, route.column].index_select(0, slots)
+        if with_attention:
+            self._step.store_only(route, rows, keep)
+        return replace(kept, undecided=(rows, keep))
 
     def _kept_of(self, column: int, with_attention: bool) -> Kept:
         if self._number is not None and self._number[column] == len(self.keep):
@@ -138,28 +204,33 @@ class SequenceDecisions:
         """Freeze what was decided; returns what the scheduler is to know."""
         if self._windows is None:
             return None
-        state, slots = self._state, self._step.slots_host
+        slots, decided = self._step.slots_host, Download(self._windows.decided)
         if self.deciding.numel():
-            self.keep[self.deciding] = decided = download(self._windows.decided).T
-            state.keep_host[slots[self.deciding]] = decided
-            state.known[slots[self.deciding]] = True
-            counts.decided(decided, self._columns)
-        state.open.difference_update(slots[self._complete].tolist())
-        return self._report(self._windows)
+            for found in self._state.decide(slots[self.deciding], decided, self._waits):
+                counts.decided(found, self._columns)
+        self._state.open.difference_update(slots[self._complete].tolist())
+        return self._report(self._windows, decided)
 
-    def _report(self, windows: WindowScores) -> Report | None:
-        report = Report(self._columns)
-        told, shape = windows.told, (windows.sums.shape[1], windows.sums.shape[0])
-        sums = download(windows.sums).numpy().T if told.any() else np.zeros(shape)
-        serials = self._state.serials[self._step.slots_host].tolist()
+    def _report(self, windows: WindowScores, decided: Download) -> Report | None:
+        serials, complete = self._state.serials[self._step.slots_host].tolist(), self._complete.tolist()
+        entries = []
         for number, row in enumerate(self.scored.tolist()):
-            (mine,) = (told & (windows.request == number)).nonzero()
-            complete = bool(self._complete[row])
-            if len(mine) or complete:
-                first = int(windows.block[mine[0]]) if len(mine) else 0
-                keep = self.keep[row].numpy().copy() if complete else None
-                report.scored[serials[row]] = Scored(first, sums[mine], keep)
-        return report if report.scored else None
+            (mine,) = (windows.told & (windows.request == number)).nonzero()
+            if len(mine) or complete[row]:
+                entries.append((serials[row], row, int(windows.block[mine[0]]) if len(mine) else 0, mine))
+        if not entries:
+            return None
+        sums, keep, deciding = Download(windows.sums), self.keep.numpy(), self.deciding.numpy()
+
+        def scored() -> dict[int, Scored]:
+            keep[deciding] = decided.wait().numpy().T
+            values = sums.wait().numpy().T
+            return {
+                serial: Scored(first, values[mine], keep[row].copy() if complete[row] else None)
+                for serial, row, first, mine in entries
+            }
+
+        return Report(self._columns, scored)
 
 
 def decided_in_graph(
@@ -187,9 +258,10 @@ def decided_in_graph(
     state.keep_host[slots[chosen[deciding]]] = keep[deciding]
     state.open.difference_update(slots[chosen[complete[chosen]]].tolist())
     counts.decided(keep[deciding], columns)
-    report, serials = Report(columns), state.serials[slots].tolist()
+    found: dict[int, Scored] = {}
+    serials = state.serials[slots].tolist()
     for number, row in enumerate(chosen.tolist()):
         block = (int(ends[row]) - 1) // block_size if block_size else 0
         scored = sums[number : number + 1].numpy() if told[row] else sums[:0].numpy()
-        report.scored[serials[row]] = Scored(block, scored, keep[number].numpy() if complete[row] else None)
-    return report
+        found[serials[row]] = Scored(block, scored, keep[number].numpy() if complete[row] else None)
+    return Report(columns, found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -74,6 +75,7 @@ class Step:
     #: set where the whole forward is to keep static shapes, see `decode`
     decode: DecodeStep | None = None
     decisions: Decisions | None = None
+    slots_by_name: Callable[[], Tensor] | None = None  #: int64 `[R]`, on the host, where the runner names its rows
     _of_blocks: dict[int, Kept] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
@@ -84,8 +86,10 @@ class Step:
 
     @functools.cached_property
     def slots_host(self) -> Tensor:
-        """Waits for the device."""
-        return download(self.slots)
+        """As `slots`. Waits for the device, unless the runner names its rows."""
+        if not self.begun:
+            return torch.zeros(self.rows.num_requests, dtype=torch.int64)
+        return download(self.slots) if self.slots_by_name is None else self.slots_by_name()
 
     @functools.cached_property
     def pages(self) -> Pages:
@@ -114,6 +118,14 @@ class Step:
         if slots is None:  # of packed KV they are places of its own
             slots = self.pages.slots[column].index_select(0, subset.tokens)
         return with_table(subset.metadata, self.pages.tables[column].index_select(0, subset.requests)), slots
+
+    def store_only(self, route: Route, rows: Tensor, keep: Tensor) -> None:
+        """Of these rows, int64 `[m]`, store K/V in one layer only where they keep it, bool `[m]`. Where layers share
+        pages, what is stored for one that skips is never read."""
+        assert route.kv_layer is not None
+        if self.pages.layout.width > 1:
+            slots = self.pages.slots[self.pages.column(route.kv_layer)]
+            slots.index_copy_(0, rows, torch.where(keep, slots.index_select(0, rows), -1))
 
     def kept(self, route: Route, x: Tensor, with_attention: bool, whole_block: bool) -> Kept:
         """Rows of `x` `[>= N, hidden]` that keep the layer's sublayer; the MLP of a block follows its attention."""

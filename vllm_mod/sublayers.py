@@ -90,15 +90,16 @@ class _Routed:
             kept = step.kept(self.route, x, self.with_attention, self.routing.policy.whole_block)
         if kept.all:
             output.copy_(self.stock_forward(*inputs))  # type: ignore[attr-defined]
-            self._on_all_rows(output)
-            return
-        output.zero_()
-        if kept.subset is not None:
-            output.index_copy_(0, kept.subset.tokens, self._kept_rows(kept.subset, *inputs))
+        else:
+            output.zero_()
+            if kept.subset is not None:
+                output.index_copy_(0, kept.subset.tokens, self._kept_rows(kept.subset, *inputs))
         self._on_all_rows(output)
-        if self.patch is not None:
+        if self.patch is not None and not kept.all:
             assert step is not None
             _add_patch(self.patch, kept, step.rows.num_tokens, x, output)
+        if kept.undecided is not None:
+            _replace_skipped(self.patch, *kept.undecided, x, output)
 
     def _decode(self, step: DecodeStep, output: Tensor, *inputs: Tensor) -> None:
         """At static shapes, see `decode`. A skipped row's attention is undefined, so it is replaced, not multiplied."""
@@ -126,6 +127,13 @@ def _add_patch(patch: Patch, kept: Kept, number: int, x: Tensor, output: Tensor)
     else:
         others = kept.subset.others
         output.index_copy_(0, others, patch(x[others]))
+
+
+def _replace_skipped(patch: Patch | None, rows: Tensor, keep: Tensor, x: Tensor, output: Tensor) -> None:
+    """Those of `rows`, int64 `[m]`, that do not `keep`, bool `[m]`: they were computed before the host could know."""
+    found = output.index_select(0, rows)
+    instead = torch.zeros_like(found) if patch is None else patch(x.index_select(0, rows))
+    output.index_copy_(0, rows, torch.where(keep[:, None], found, instead))
 
 
 class _RoutedAttention(_Routed):

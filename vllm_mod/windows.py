@@ -69,6 +69,11 @@ class WindowScores:
             self._state.keep[self._slots[self._number >= 0], column] = self.decided[column]
         return self.decided[column]
 
+    def means(self, column: int) -> Tensor:
+        """Float64 `[n]`: of `w . x` over the windows that were decided from, in one routed layer."""
+        decided = self._number >= 0
+        return self._state.sums[self._slots[decided], column] / self._ends[decided]
+
     def arguments(self, column: int) -> tuple[Tensor, ...]:
         """Of `add_window_scores`, for one routed layer."""
         state = self._state

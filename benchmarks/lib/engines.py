@@ -83,6 +83,10 @@ class Engine:
         """(kind, tokens, seconds, requests that got their first token) of a step; None when nothing is left to do."""
         return self._call(_step)
 
+    def run(self, load: Load) -> list[tuple[str, int, float, int]]:
+        """All steps of a load, one right after the other."""
+        return self._call(_run, load)
+
     def counts(self) -> tuple[float, float]:
         """(kept, routed) pairs since the start."""
         return self._call(_counts)
@@ -117,20 +121,29 @@ def engine_flags(args: Any, longest: int, batched_tokens: int, requests: int) ->
     return {
         "load_format": "dummy", "skip_tokenizer_init": True, "enforce_eager": args.eager, "max_model_len": longest,
         "enable_prefix_caching": caching, "enable_chunked_prefill": caching,
-        "max_num_batched_tokens": 2048 if caching else batched_tokens,
+        "max_num_batched_tokens": getattr(args, "batched_tokens", 2048) if caching else batched_tokens,
         "block_size": args.block_size, "max_num_seqs": requests, "disable_log_stats": False,
         "kv_cache_memory_bytes": args.kv_cache_memory_bytes, **cpu_flags(),
         **({} if share is None else {"gpu_memory_utilization": share}),
     }  # fmt: skip
 
 
-def run_in_turn(engines: dict[str, Engine], load: Load, first: int = 0) -> dict[str, Times]:
-    """The same load on each engine, a step of one after a step of the other; `first` rotates who begins."""
-    for engine in engines.values():
-        engine.submit(load)
+def run_in_turn(engines: dict[str, Engine], load: Load, first: int = 0, whole: bool = False) -> dict[str, Times]:
+    """The same load on each engine, a step of one after a step of the other; `first` rotates who begins.
+
+    whole: all of the load on one engine, then on the next. A GPU still works on a step when the host goes on, so that
+    steps of several engines would run into each other.
+    """
     names = list(engines)
     order = names[first % len(names) :] + names[: first % len(names)]
     times = {name: Times(requests=load.requests) for name in names}
+    if whole:
+        for name in order:
+            for step in engines[name].run(load):
+                times[name].add(*step)
+        return times
+    for engine in engines.values():
+        engine.submit(load)
     busy = set(names)
     while busy:
         for name in [n for n in order if n in busy]:
@@ -189,6 +202,11 @@ def _step() -> tuple[str, int, float, int] | None:
     return "prefill" if counts and max(counts) > 1 else "decode", sum(counts), seconds, first_tokens
 
 
+def _run(load: Load) -> list[tuple[str, int, float, int]]:
+    _submit(load)
+    return list(iter(_step, None))  # type: ignore[arg-type]
+
+
 def _counts() -> tuple[float, float]:
     kept, routed = (sum(pairs.values()) for pairs in routed_pairs(_state["llm"]).values())
     return kept, routed
@@ -206,30 +224,31 @@ def _thresholds(load: Load, kept: float) -> list[float]:
     """Layer by layer, because what a layer decides changes what the next ones see."""
     import torch
 
-    from vllm_mod import sequences
+    from vllm_mod.windows import WindowScores
 
     routing = _state["llm"].llm_engine.model_executor.driver_worker.worker.model_runner.model.routing
     cutoffs = routing._state.default_cutoffs  # written into the state of each request that starts
     deciding = Load(load.requests, min(load.prompt, routing.config.window or load.prompt), 1)
-    decide, scores = sequences.keeps, []
+    add, scores = WindowScores.add, []
 
-    def recording(found: Any, cutoff: Any) -> Any:
-        scores.append(found)
-        return decide(found, cutoff)
+    def recording(self: Any, route: Any, x: Any) -> Any:
+        decided = add(self, route, x)
+        if route.column == column:
+            scores.extend(self.means(column).tolist())
+        return decided
 
     cutoffs.fill_(float("-inf"))
-    sequences.keeps = recording  # type: ignore[assignment]
+    WindowScores.add = recording  # type: ignore[method-assign]
     try:
-        for number, column in enumerate(routing.columns):
+        for column in routing.columns:
             scores.clear()
             _state["llm"].reset_prefix_cache()  # it knows the scores of prompts that it has seen
             _submit(deciding)
             while _step():
                 pass
-            found = sorted(float(s) for step in scores[number :: len(routing.columns)] for s in step)
-            cutoffs[column] = _between(found, round((1 - kept) * len(found)))
+            cutoffs[column] = _between(sorted(scores), round((1 - kept) * len(scores)))
     finally:
-        sequences.keeps = decide
+        WindowScores.add = add  # type: ignore[method-assign]
     return torch.sigmoid(cutoffs).tolist()
 
 

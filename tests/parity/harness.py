@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import random
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,17 @@ def counter(llm: Any, name: str) -> float:
 def runner_model(llm: Any) -> Any:
     """The model as the (in-process) worker holds it."""
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+
+
+@contextlib.contextmanager
+def running_ahead(llm: Any, lag: int) -> Iterator[None]:
+    """Meanwhile the host reads what is decided some steps later, as with a GPU that it does not wait for."""
+    routing = runner_model(llm).routing
+    routing._wait_from, routing._state._coming = 1 << 60, deque([[] for _ in range(lag)])
+    yield
+    for _ in range(lag):  # until all of it has been read
+        generate(llm, [[1, 2]], 2)
+    routing._wait_from, routing._state._coming = 0, deque()
 
 
 def assert_no_kv_cache_of(llm: Any, dropped: Sequence[int], layers: int) -> None:

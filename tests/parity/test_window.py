@@ -20,6 +20,7 @@ from .harness import (
     generate,
     poison_free_pages,
     random_prompts,
+    running_ahead,
 )
 from .test_decode import static_decode
 
@@ -92,6 +93,49 @@ def test_preemption(base: Path, tmp_path: Path, granularity: str, window: int) -
         poison_free_pages(llm)
         free = free_pages(llm)
         answers = generate(llm, prompts, 80)
+        assert counter(llm, "vllm:num_preemptions") > 0
+        assert free_pages(llm) == free
+        assert_nothing_left(llm)
+    _disagree(assert_equals_reference(checkpoint, prompts, answers))
+
+
+@pytest.mark.parametrize(("granularity", "lag"), [("attn_sequence", 2), ("mlp_sequence", 1), ("block_sequence", 2)])
+def test_a_host_that_runs_ahead(base: Path, tmp_path: Path, granularity: str, lag: int) -> None:
+    """It hears later what was decided: rows behind a decision are computed and replaced, what skips is not stored."""
+    checkpoint = _checkpoint(base, tmp_path, granularity, 24, **({"patch": {"rank": 4}} if lag == 2 else {}))
+    prompts = random_prompts((1, 23, 24, 25, 48, 64, 65, 100, 200, 128))
+    prompts += [prompts[-1][:96] + p for p in prompts[:3]]
+    limits = {"max_num_batched_tokens": 48, "max_num_scheduled_tokens": 40}
+    with engine(checkpoint, **limits, max_num_seqs=8, enable_prefix_caching=True) as llm:
+        poison_free_pages(llm)
+        free = free_pages(llm)
+        with running_ahead(llm, lag):
+            first = generate(llm, prompts)
+            again = generate(llm, prompts)
+        assert free_pages(llm) == free
+        routed, kept = (counter(llm, f"vllm:mod_{name}") for name in ("routed", "kept"))
+    decisions = assert_equals_reference(checkpoint, prompts, first)
+    assert_same(first, again)
+    _disagree(decisions)
+    # Each decision is counted once; so are those of the requests that came last, as far as they were read.
+    assert 0 <= routed - 2 * len(prompts) * len(LAYERS) <= lag * len(LAYERS)
+    assert 0 <= kept - 2 * sum(int(d[i]) for d in decisions for i in LAYERS) <= lag * len(LAYERS)
+
+
+@pytest.mark.parametrize(("granularity", "window"), [("attn_sequence", 24), ("block_sequence", None)])
+def test_preemption_while_decisions_are_on_their_way(
+    base: Path, tmp_path: Path, granularity: str, window: int | None
+) -> None:
+    """Slots and pages change hands before the host has heard of their last owner."""
+    version: dict[str, Any] = {"window": window} if window else {}
+    checkpoint = routed_checkpoint(base, tmp_path / "c", granularity, LAYERS, **version)
+    prompts = random_prompts((30, 60, 25, 90, 31, 64, 10, 50, 40, 20), seed=1)
+    limits = {"max_num_batched_tokens": 64} if window else {}
+    with engine(checkpoint, kv_cache_memory_bytes=14 * TOKEN_BLOCK, max_num_seqs=8, **limits) as llm:
+        poison_free_pages(llm)
+        free = free_pages(llm)
+        with running_ahead(llm, 2):
+            answers = generate(llm, prompts, [80, 80, 2, 80, 80, 80, 1, 80, 80, 80])
         assert counter(llm, "vllm:num_preemptions") > 0
         assert free_pages(llm) == free
         assert_nothing_left(llm)

@@ -6,7 +6,9 @@ worker -> scheduler   `Report`: decisions newly taken, and the scores behind the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
@@ -24,6 +26,7 @@ class Start:
     sums: tuple[float, ...] | None = None  #: `[R]`: of `w . x` over those of the computed tokens that lie in the window
     cutoffs: tuple[float, ...] | None = None  #: `[R]`: its own, in place of the checkpoint's
     counts: bool = False  #: the decisions are new: they belong into the statistics
+    name: str = ""  #: the request's id, by which a runner may name a row
 
 
 @dataclass
@@ -58,10 +61,21 @@ class Scored:
     keep: np.ndarray | None = None  #: bool `[R]`: the decisions, once the window is complete
 
 
-@dataclass
 class Report(KVConnectorWorkerMetadata):
-    columns: tuple[int, ...]  #: routed layers of the sender; pipeline stages have some each
-    scored: dict[int, Scored] = field(default_factory=dict)  #: by serial number
+    """Of one step and rank. What is on its way from the device is waited for when it is first read, or sent on."""
+
+    def __init__(self, columns: tuple[int, ...], scored: dict[int, Scored] | Callable[[], dict[int, Scored]]) -> None:
+        """columns: routed layers of the sender; pipeline stages have some each. scored: by serial number."""
+        self.columns, self._scored = columns, scored
+
+    @property
+    def scored(self) -> dict[int, Scored]:
+        if callable(self._scored):
+            self._scored = self._scored()
+        return self._scored
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"columns": self.columns, "_scored": self.scored}
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Join the reports of two ranks. Raises RuntimeError where they disagree: pages would be corrupted."""

@@ -297,6 +297,7 @@ class PageManager(FullAttentionManager):
             sums=None if tracked.found_sums is None else tuple(tracked.found_sums.tolist()),
             cutoffs=None if tracked.dial is None else tuple(tracked.cutoffs.tolist()),
             counts=len(tracked.serials) == 1,
+            name=tracked.request.request_id,
         )
 
     def _new_pages(self, grown: list[Tracked]) -> NewPages:
