@@ -177,8 +177,8 @@ def assert_equals_reference(
     return decisions
 
 
-def assert_same(left: Sequence[Answer], right: Sequence[Answer]) -> None:
+def assert_same(left: Sequence[Answer], right: Sequence[Answer], tolerance: float = LOGPROB_TOLERANCE) -> None:
     for number, (a, b) in enumerate(zip(left, right, strict=True)):
         assert a.tokens == b.tokens, f"request {number}"
         worst = max(abs(x - y) for x, y in zip(a.logprobs, b.logprobs, strict=True))
-        assert worst < LOGPROB_TOLERANCE, f"request {number}: log-probability off by {worst}"
+        assert worst < tolerance, f"request {number}: log-probability off by {worst}"

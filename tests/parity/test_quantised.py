@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.models import edit_json, routed_checkpoint, tiny_llama, tiny_model
 
-from .harness import Answer, assert_same, engine, generate, random_prompts, runner_model
+from .harness import LOGPROB_TOLERANCE, Answer, assert_same, engine, generate, random_prompts, runner_model
 from .test_moe import SHAPES
 
 LAYERS = {"llama": [1, 2, 4, 5, 6], "deepseek": [1, 2, 3]}
@@ -102,5 +102,7 @@ def test_quantised_base(
     # Otherwise shared experts, or a window's tokens, are left.
     if granularity != "expert_token" and "window" not in config:
         assert_same(plain_answers(model, granularity.split("_")[0] + "_static", config.get("patch")), answers["skip"])
-    assert_same(answers["routed"], alone)
+    # Beside other rows a patch adds its products up in another order, and an activation may be rounded to the next of
+    # 255 steps: seen on a CPU with AVX512.
+    assert_same(answers["routed"], alone, 0.1 if "patch" in config else LOGPROB_TOLERANCE)
     assert answers["routed"] not in (answers["keep"], answers["skip"])

@@ -10,10 +10,9 @@ import pytest
 
 from tests.support.v2 import v2_environment
 
-#: Files, and which of their tests. First all granularities of Llama, one more dense architecture and one with experts.
+#: Files, and which of their tests. First all granularities of Llama, and one architecture with experts.
 QUICK = {
     ("test_llama.py",): "test_mixed_batch and (attn_sequence or attn_token)",
-    ("test_dense.py",): "test_parity and qwen3 and not static",
     ("test_moe.py",): "test_parity and deepseek and not static",
     ("test_async.py",): "test_steps_in_flight",
     ("test_rehearsal.py",): "[block_token or [patched] or [patched-",
@@ -39,6 +38,7 @@ SLOW = {
 }
 #: Ten minutes each.
 NIGHTLY = {
+    ("test_dense.py",): "test_parity and qwen3 and not static",
     ("test_soak.py",): "test_shared_prefixes_and_dials and 120",
     ("test_rehearsal.py",): "not [block_token and not [patched] and not [patched-",
     ("test_dense.py", "test_architectures.py"): "(test_parity or test_windows) and (phi3 or granite) and not static",

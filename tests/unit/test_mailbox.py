@@ -11,12 +11,13 @@ MESSAGE = StepMessage([], NewPages.none(1))
 
 def test_statistics_before_reports() -> None:
     heard: list[Any] = []
+    report = Report((0,), {})
     counts = RoutingCounts([3])
 
     def end() -> Report:
         heard.append("end")
         counts.add(0, 1, 2)
-        return Report((0,))
+        return report
 
     mailbox = Mailbox(counts, heard.append, end)
     assert mailbox.take_counts() is None and mailbox.take_report() is None  # no step yet
@@ -24,7 +25,7 @@ def test_statistics_before_reports() -> None:
     assert heard == [MESSAGE]
     stats = mailbox.take_counts()
     assert stats is not None and stats.data["routed"] == {"3": 2}
-    assert mailbox.take_report() == Report((0,))
+    assert mailbox.take_report() is report
     assert heard == [MESSAGE, "end"]
     assert mailbox.take_report() is None
 

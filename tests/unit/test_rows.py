@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.support.batches import step
 from vllm_mod.kv.messages import NewPages
-from vllm_mod.rows import Subset, attending, with_table
+from vllm_mod.rows import Subset, attending, pack, with_table
 from vllm_mod.tables import Layout, PageTables
 
 SIZE = 4
@@ -128,3 +128,13 @@ def test_metadata_that_layers_share_is_copied() -> None:
     assert with_table(shared, torch.tensor(3)).block_table == 3
     assert shared.block_table == 1
     assert Subset(torch.tensor([False, True, True, False]), torch.tensor([1, 2])).others.tolist() == [0, 3]
+
+
+def test_packed_arrays_are_what_they_were() -> None:
+    """Of several types, empty ones and transposed ones among them; each begins where Triton wants pointers to."""
+    arrays = [np.arange(5), np.zeros(0), np.array([[True, False]]), np.arange(6, dtype=np.int32).reshape(2, 3).T]
+    packed, places = pack(arrays)
+    for array, (first, last, dtype, shape) in zip(arrays, places, strict=True):
+        assert first % 16 == 0
+        found = packed[first:last].view(dtype).view(shape)
+        assert found.dtype == torch.from_numpy(array).dtype and np.array_equal(found.numpy(), array)

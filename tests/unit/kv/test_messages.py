@@ -1,5 +1,7 @@
 """What ranks report is joined: tensor-parallel ranks must agree, pipeline stages have layers of their own."""
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -37,3 +39,17 @@ def test_stages_of_several_routed_layers_are_joined() -> None:
     assert isinstance(joined, Report)
     assert joined.scored[7].keep.tolist() == [False, True, False, True, False]  # type: ignore[union-attr]
     assert joined.scored[7].sums.tolist() == [[1.0, 2.0, 3.0, 4.0, 5.0]]
+
+
+def test_a_report_on_its_way_is_read_once_and_before_it_is_sent() -> None:
+    reads: list[int] = []
+
+    def scored() -> dict[int, Scored]:
+        reads.append(1)
+        return {7: Scored(0, np.zeros((1, 2)), None)}
+
+    on_its_way = Report((0, 1), scored)
+    assert not reads
+    sent = pickle.loads(pickle.dumps(on_its_way))
+    assert sent.columns == (0, 1) and sent.scored.keys() == on_its_way.scored.keys() == {7}
+    assert len(reads) == 1
