@@ -156,8 +156,8 @@ class SequenceDecisions:
     def _rows_behind(self, requests: Tensor, behind: Tensor) -> tuple[Tensor, Tensor] | None:
         """The last `behind` rows of each of these requests (bool `[R]`), and the slot of each: int64 `[m]`."""
         rows = self._step.rows
-        of, from_end = rows.request_of_token_host, rows.lengths_host[rows.request_of_token_host] - rows.place_host
-        chosen = (requests[of] & (from_end <= behind[of])).nonzero().flatten()
+        of = rows.request_of_token_host
+        chosen = (requests[of] & (rows.lengths_host[of] - rows.place_host <= behind[of])).nonzero().flatten()
         if not len(chosen):
             return None
         numbers, slots = rows.upload_together(chosen.numpy(), self._step.slots_host[of[chosen]].numpy())

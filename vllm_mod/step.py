@@ -97,8 +97,8 @@ class Step:
         assert self.tables is not None
         rows, size = self.rows, self.block_size
         tables = self.tables.of(self.slots, -(-rows.cm.max_seq_len // size))
-        position = rows.upload(rows.place_host + rows.computed_host[rows.request_of_token_host])
-        request = rows.upload(rows.request_of_token_host)
+        of = rows.request_of_token_host
+        request, position = rows.upload_together(of.numpy(), (rows.place_host + rows.computed_host[of]).numpy())
         slots = tables[:, request, position // size].long() * size + position % size
         if not self.begun:
             slots.fill_(-1)

@@ -96,10 +96,11 @@ def add_window_scores(
     request = torch.repeat_interleave(torch.arange(len(pieces)), pieces)
     # Pieces of a request side by side, so that its sums can be added up: those of others must not round them.
     grid = sums.new_zeros(len(pieces), int(pieces.max()) + 1)
+    place = torch.arange(len(request)) - first_piece[request] + 1
     grid[:, 0] = state_sums[slots]
-    grid[request, torch.arange(len(request)) - first_piece[request] + 1] = sums
+    grid[request, place] = sums
     grid = grid.cumsum(1)
-    sums.copy_(grid[request, torch.arange(len(request)) - first_piece[request] + 1])
+    sums.copy_(grid[request, place])
     state_sums[slots] = total = grid.gather(1, pieces[:, None])[:, 0]
     deciding = number >= 0
     if bool(deciding.any()):
