@@ -230,6 +230,12 @@ class FitArguments:
         metadata={"help": "every request skips the same layers, the cheapest: what routers are to be compared with"},
     )
     measured_samples: int = field(default=128, metadata={"help": "samples whose costs are measured, of --max-samples"})
+    costs: str | None = field(
+        default=None,
+        metadata={"help": "file that keeps what was measured: an interrupted run goes on from it, and one with another "
+                  "--target-capacity, --layers or --static measures nothing again; default: beside --output, removed "
+                  "at the end"},
+    )  # fmt: skip
     max_samples: int = field(default=512, metadata={"help": "samples that patches are fitted on"})
     distilled_samples: int = field(
         default=0,

@@ -13,6 +13,7 @@ from vllm_mod.granularity import POLICIES
 from . import card
 from .arguments import FitArguments, check_output, make_mod_config, parse_window
 from .cost_routers import RIDGES, fit_router, price, saving
+from .costs_file import CostsFile, fingerprint
 from .data import calibration_samples, check_sources
 from .distill import distill
 from .export import base_shape
@@ -47,7 +48,8 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
         raise ConfigError(f"--measured-samples {args.measured_samples}: {_FEWEST} or more are needed")
     place = check_writable(Path(args.output), Path(args.output).absolute().parent)
     model = on_best_device(load_base(base, measuring_dtype()).eval())
-    measured = measure(model, samples, shape, target, window, args.patch_rank, place, args.measured_samples)
+    costs = CostsFile(_costs_path(args), fingerprint(model, samples, target, window, args.patch_rank))
+    measured = measure(model, samples, shape, target, window, args.patch_rank, place, args.measured_samples, file=costs)
     del model
     layers = named or cheaper_half(measured.costs())
     report(measured.costs(), layers)
@@ -73,7 +75,15 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
             patches={layer: patch.tensors() for layer, patch in routing_of(model).patches.items()},
         )
         card.write(output)
+        if args.costs is None:
+            costs.remove()
     return output
+
+
+def _costs_path(args: FitArguments) -> Path:
+    """Beside the output, unless it was named."""
+    output = Path(args.output)
+    return output.with_name(f"{output.name}.costs.safetensors") if args.costs is None else Path(args.costs)
 
 
 def _checked(args: FitArguments) -> tuple[str, int]:

@@ -23,6 +23,7 @@ from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.granularity import POLICIES
 
 from .arguments import RouterArguments, parse_window
+from .costs_file import CostsFile, Rows
 from .data import Collator
 from .layerwise import Batch, answer_predictions, divergences, supervised
 from .model import attach_routers, decoder_layers, load_base
@@ -69,33 +70,56 @@ def measure(
     directory: Path,
     number: int = SAMPLES,
     quiet: bool = False,
+    file: CostsFile | None = None,
 ) -> Measured:
     """Of every layer that `target` (attn, mlp or block) has, on the first `number` samples.
 
     model: the base model in evaluation mode; it is left with routers. samples: as `tokenize` gives them; patches (where
     rank is not None) are fitted on all of them. directory: for what patches need. It costs about layers / 2 forwards.
-    Raises ConfigError where no number comes out.
+    file: what it has is not measured again, and what is found goes there. Raises ConfigError where no number comes out.
     """
-    config = every_layer(shape, target, window)
+    config, number = every_layer(shape, target, window), min(number, len(samples))
+    known = set() if file is None or file.rows is None else set(file.rows.sample.tolist())
+    rows = _measure(model, samples, config, rank, directory, [i for i in range(number) if i not in known], quiet, file)
+    order = sorted(range(number), key=lambda i: len(samples[i]["input_ids"]))
+    place = {sample: place for place, sample in enumerate(rows.sample.tolist())}
+    wanted = torch.tensor([place[sample] for sample in order])
+    return Measured(config.layers, rows.nats[wanted], rows.tokens[wanted], rows.inputs[wanted])
+
+
+def _measure(
+    model: Any,
+    samples: Sequence[Mapping[str, Any]],
+    config: ModConfig,
+    rank: int | None,
+    directory: Path,
+    missing: Sequence[int],
+    quiet: bool,
+    file: CostsFile | None,
+) -> Rows:
+    """What `file` has, and the samples that it lacks."""
+    found = None if file is None else file.rows
+    if found is not None and not missing:
+        return found
     attach_routers(model, config)
     if rank is not None:  # on dense activations: no layer is skipped yet
         fit_patches(model, collate(samples, config, rank, 16, "--data"), rank, directory, quiet)
-    order = sorted(range(min(number, len(samples))), key=lambda i: len(samples[i]["input_ids"]))
-    layers = config.layers
-    found = Measured(
-        layers,
-        torch.zeros(len(order), len(layers), dtype=torch.float64),
-        torch.zeros(len(order), dtype=torch.float64),
-        torch.zeros(len(order), len(layers), shape.hidden_size),
-    )
+    order = sorted(missing, key=lambda i: len(samples[i]["input_ids"]))
     batches = _batches([len(samples[i]["input_ids"]) for i in order])
-    total = len(batches) * (len(layers) + 1)
+    total = len(batches) * (len(config.layers) + 1)
     with tqdm(total=total, desc="layer costs", unit="forward", disable=True if quiet else None) as progress:
-        for rows in batches:
-            batch = Collator(0)([dict(samples[order[row]]) for row in rows])
-            found.nats[rows], found.tokens[rows], found.inputs[rows] = _measure_batch(model, batch, progress)
-    if not found.nats.isfinite().all():
-        raise ConfigError("the base model's predictions are not finite on these samples; layers cannot be compared")
+        for places in batches:
+            these = [order[place] for place in places]
+            batch = Collator(0)([dict(samples[i]) for i in these])
+            rows = Rows(torch.tensor(these), *_measure_batch(model, batch, progress))
+            if not rows.nats.isfinite().all():
+                raise ConfigError(
+                    "the base model's predictions are not finite on these samples; layers cannot be compared"
+                )
+            found = rows if found is None else found + rows
+            if file is not None:
+                file.add(rows)
+    assert found is not None
     return found
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from router_tuning import selection
 from router_tuning.cli import main
 from router_tuning.data import tokenize
 from router_tuning.model import given_prompts, load_reference, routing_of
@@ -96,6 +99,75 @@ def test_static_is_the_same_for_all(base: Path, data: Path, tmp_path: Path, caps
     assert isinstance(config.cutoff, tuple) and sum(cutoff <= 0 for cutoff in config.cutoff) == 1
     routers = [w for name, w in load_file(tmp_path / "c/routers.safetensors").items() if name.endswith("router.weight")]
     assert len(routers) == 4 and not any(weight.any() for weight in routers)
+
+
+def measuring(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> list[int]:
+    """Notes how many samples each forward measured; Ctrl-C comes with forward `stop_at`."""
+    numbers: list[int] = []
+    inner = selection._measure_batch
+
+    def noted(model: Any, batch: Any, progress: Any) -> Any:
+        if len(numbers) == stop_at:
+            raise KeyboardInterrupt
+        numbers.append(len(batch["input_ids"]))
+        return inner(model, batch, progress)
+
+    monkeypatch.setattr(selection, "_measure_batch", noted)
+    monkeypatch.setattr(selection, "_TOKENS", 200)
+    return numbers
+
+
+def test_an_interrupted_measurement_goes_on(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selection, "_TOKENS", 200)
+    assert main(words(base, data, tmp_path / "whole")) == 0
+    with monkeypatch.context() as patch:
+        before = measuring(patch, stop_at=2)
+        with contextlib.suppress(KeyboardInterrupt):
+            assert main(words(base, data, tmp_path / "c")) != 0
+    assert not (tmp_path / "c").exists() and (tmp_path / "c.costs.safetensors").is_file()
+    behind = measuring(monkeypatch)
+    assert main(words(base, data, tmp_path / "c")) == 0
+    assert len(before) == 2 and sum(before) + sum(behind) == len(ROWS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "whole"]
+    whole, resumed = (load_file(tmp_path / name / "routers.safetensors") for name in ("whole", "c"))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_measured_costs_serve_other_points(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = ["--costs", str(tmp_path / "kept/costs.safetensors")]
+    assert main(words(base, data, tmp_path / "a", *kept, "--measured-samples", "20")) == 0
+    numbers = measuring(monkeypatch)
+    assert main(words(base, data, tmp_path / "b", *kept)) == 0
+    assert sum(numbers) == len(ROWS) - 20  # those that were not known yet
+    numbers.clear()
+    assert main(words(base, data, tmp_path / "c", *kept, "--static", "--target-capacity", "0.25")) == 0
+    assert not numbers
+    monkeypatch.undo()
+    assert main(words(base, data, tmp_path / "d", "--static", "--target-capacity", "0.25")) == 0
+    alone, shared = (read_mod_config(tmp_path / name) for name in "dc")
+    assert alone.layers == shared.layers
+    assert alone.cutoff == pytest.approx(shared.cutoff, rel=1e-4)
+
+    for more, message in [
+        (["--window", "8"], "measured with another window"),
+        (["--max-samples", "40", "--patch-rank", "3"], "measured with another samples, patch rank"),
+        (["--granularity", "mlp_sequence"], "measured with another granularity"),
+    ]:
+        assert main(words(base, data, tmp_path / "e", *kept, *more)) == 2
+        error = capsys.readouterr().err
+        assert message in error and "costs.safetensors" in error and not (tmp_path / "e").exists()
+    (tmp_path / "kept/costs.safetensors").write_text("no tensors")
+    assert main(words(base, data, tmp_path / "e", *kept)) == 2
+    assert "not a file of measured costs" in capsys.readouterr().err
+    other = tiny_model(tmp_path / "other", "llama", num_hidden_layers=4, seed=7)
+    (tmp_path / "kept/costs.safetensors").unlink()
+    assert main(words(base, data, tmp_path / "f", *kept)) == 0
+    assert main(words(other, data, tmp_path / "g", *kept)) == 2
+    assert "measured with another model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
