@@ -223,7 +223,14 @@ class FitArguments:
         default=None, metadata={"help": "routed layers, as for train; default, or `auto`: the half that costs least"}
     )
     window: str = field(default="32", metadata={"help": "tokens at the start of a prompt that decide, and always run"})
-    target_capacity: float = field(default=0.5, metadata={"help": "kept ratio to set, between 0 and 1"})
+    target_capacity: float | None = field(
+        default=None, metadata={"help": "kept ratio of the routed layers, between 0 and 1 (default: 0.5)"}
+    )
+    skip: float | None = field(
+        default=None,
+        metadata={"help": "how many layers a request skips on average, of all, where it costs least; in place of --layers "
+                  "and --target-capacity"},
+    )  # fmt: skip
     patch_rank: int = field(default=64, metadata={"help": "rank of what stands in for a skipped sublayer; 0: a bias"})
     static: bool = field(
         default=False,
@@ -233,7 +240,7 @@ class FitArguments:
     costs: str | None = field(
         default=None,
         metadata={"help": "file that keeps what was measured: an interrupted run goes on from it, and one with another "
-                  "--target-capacity, --layers or --static measures nothing again; default: beside --output, removed "
+                  "--skip, --target-capacity or --static measures nothing again; default: beside --output, removed "
                   "at the end"},
     )  # fmt: skip
     max_samples: int = field(default=512, metadata={"help": "samples that patches are fitted on"})

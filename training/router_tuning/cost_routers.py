@@ -9,7 +9,7 @@ and what is left is the best static drop by measured costs: one price for all la
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,8 @@ from .selection import Measured
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 #: Costs below it count as it does: nats per token.
 _FLOOR = 1e-5
+#: A router that fewer requests follow is not worth its place in the engine.
+_FEW = 0.02
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,12 @@ def price(routers: Sequence[CostRouter], kept: float) -> float:
     if cut == 0:
         return float(costs[0]) - 1.0
     return float(costs[-1]) + 1.0 if cut == len(costs) else float(costs[cut - 1] + costs[cut]) / 2
+
+
+def spared(layers: Sequence[int], routers: Mapping[int, CostRouter], skipped: float) -> list[int]:
+    """The layers worth a router if a request skips so many on average: those that more than a few would skip."""
+    log_price = price([routers[layer] for layer in layers], 1.0 - skipped / len(layers))
+    return [layer for layer in layers if float((routers[layer].predicted < log_price).double().mean()) >= _FEW]
 
 
 @dataclass(frozen=True)

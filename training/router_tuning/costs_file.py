@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,18 @@ class CostsFile:
             raise ConfigError(f"{self.path}: measured costs cannot be kept: {error}") from None
         finally:
             beside.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def named_on_interrupt(self) -> Iterator[None]:
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self.rows is not None and self.path.exists():
+                number = len(self.rows.sample)
+                print(
+                    f"costs of {number} samples are in {self.path}; the same command goes on from it", file=sys.stderr
+                )
+            raise
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)

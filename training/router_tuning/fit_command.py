@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-
-import torch
 
 from vllm_mod.checkpoint import write_checkpoint
 from vllm_mod.config import ConfigError, ModConfig
@@ -12,7 +11,7 @@ from vllm_mod.granularity import POLICIES
 
 from . import card
 from .arguments import FitArguments, check_output, make_mod_config, parse_window
-from .cost_routers import RIDGES, fit_router, price, saving
+from .cost_routers import RIDGES, CostRouter, fit_router, price, saving, spared
 from .costs_file import CostsFile, fingerprint
 from .data import calibration_samples, check_sources
 from .distill import distill
@@ -29,6 +28,8 @@ from .selection import Measured, cheaper_half, every_layer, measure, report
 
 #: Fewer say nothing about how requests differ.
 _FEWEST = 16
+#: Kept ratio where none is asked for.
+_DEFAULT_KEPT = 0.5
 
 
 def fit(args: FitArguments, records: dict[str, str]) -> Path:
@@ -46,37 +47,51 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
         raise ConfigError(f"{', '.join(args.data)}: {len(samples)} usable samples; {_FEWEST} are needed")
     if args.measured_samples < _FEWEST:
         raise ConfigError(f"--measured-samples {args.measured_samples}: {_FEWEST} or more are needed")
+    if args.skip is not None and not 0 < args.skip < shape.num_layers:
+        raise ConfigError(
+            f"--skip {args.skip:g}: the model has {shape.num_layers} layers; fewer, and more than 0, can be"
+        )
     place = check_writable(Path(args.output), Path(args.output).absolute().parent)
+    check_writable(_costs_path(args), _costs_path(args).absolute().parent)
     model = on_best_device(load_base(base, measuring_dtype()).eval())
     costs = CostsFile(_costs_path(args), fingerprint(model, samples, target, window, args.patch_rank))
-    measured = measure(model, samples, shape, target, window, args.patch_rank, place, args.measured_samples, file=costs)
-    del model
-    layers = named or cheaper_half(measured.costs())
-    report(measured.costs(), layers)
-    config, routers = _routers(args, measured, layers, window)
-
-    model = on_best_device(load_base(base, measuring_dtype()).eval())
-    attach_routers(model, config, routers)
-    batches = collate(samples, config, args.patch_rank, 16, ", ".join(args.data))
-    fitted = fit_patches(model, batches, args.patch_rank, place)
-    if args.distilled_samples:
-        found = distill(model, samples[: args.distilled_samples])
-        print(f"KL to the dense model on held-out answers: {found.before:.4f} as fitted, {found.after:.4f} distilled")
-    command = next(iter(records["train_command.txt"].splitlines()))
-    record = PatchRecord.of(fitted, args.patch_rank, command, args.data, len(samples), counts.to_dict())
-    record.report()
-    with deferred():
-        output = write_checkpoint(
-            base,
-            args.output,
-            with_patch(config, args.patch_rank),
-            routers,
-            records | {PATCHES_FILE: record.to_text()},
-            patches={layer: patch.tensors() for layer, patch in routing_of(model).patches.items()},
+    with costs.named_on_interrupt():
+        measured = measure(
+            model, samples, shape, target, window, args.patch_rank, place, args.measured_samples, file=costs
         )
-        card.write(output)
-        if args.costs is None:
-            costs.remove()
+        del model
+        routers = _routers(args, measured)
+        if args.skip is not None:
+            layers = spared(measured.layers, routers, args.skip)
+        else:
+            layers = named or cheaper_half(measured.costs())
+        report(measured.costs(), layers)
+        config = _config(args, measured, layers, routers, window)
+
+        model = on_best_device(load_base(base, measuring_dtype()).eval())
+        weights = {layer: routers[layer].weight for layer in layers}
+        attach_routers(model, config, weights)
+        batches = collate(samples, config, args.patch_rank, 16, ", ".join(args.data))
+        fitted = fit_patches(model, batches, args.patch_rank, place)
+        if args.distilled_samples:
+            found = distill(model, samples[: args.distilled_samples])
+            nats = f"{found.before:.4f} as fitted, {found.after:.4f} distilled"
+            print(f"KL to the dense model on held-out answers: {nats}")
+        command = next(iter(records["train_command.txt"].splitlines()))
+        record = PatchRecord.of(fitted, args.patch_rank, command, args.data, len(samples), counts.to_dict())
+        record.report()
+        with deferred():
+            output = write_checkpoint(
+                base,
+                args.output,
+                with_patch(config, args.patch_rank),
+                weights,
+                records | {PATCHES_FILE: record.to_text()},
+                patches={layer: patch.tensors() for layer, patch in routing_of(model).patches.items()},
+            )
+            card.write(output)
+            if args.costs is None:
+                costs.remove()
     return output
 
 
@@ -91,23 +106,33 @@ def _checked(args: FitArguments) -> tuple[str, int]:
     window = parse_window(args.window)
     if window is None:
         raise ConfigError("--window: fit needs one; only the tokens of a window look the same whatever is skipped")
-    if not 0 < args.target_capacity < 1:
+    if args.skip is not None and (args.layers is not None or args.target_capacity is not None):
+        raise ConfigError("--skip chooses layers and kept ratio; --layers and --target-capacity are its alternative")
+    if args.target_capacity is not None and not 0 < args.target_capacity < 1:
         raise ConfigError(f"--target-capacity {args.target_capacity:g}: a number above 0 and below 1 is needed")
     return POLICIES[args.granularity].target, window
 
 
-def _routers(
-    args: FitArguments, measured: Measured, layers: list[int], window: int
-) -> tuple[ModConfig, dict[int, torch.Tensor]]:
-    """The config with its cutoffs, and the routers; says what they are worth."""
-    places = [measured.layers.index(layer) for layer in layers]
+def _routers(args: FitArguments, measured: Measured) -> dict[int, CostRouter]:
+    """Of every layer that was measured."""
     ridges = () if args.static else RIDGES  # none is tried: nothing is learned
-    found = [fit_router(measured.inputs[:, place], measured.nats[:, place], ridges) for place in places]
-    log_price = price(found, args.target_capacity)
+    places = enumerate(measured.layers)
+    return {layer: fit_router(measured.inputs[:, place], measured.nats[:, place], ridges) for place, layer in places}
+
+
+def _config(
+    args: FitArguments, measured: Measured, layers: list[int], routers: Mapping[int, CostRouter], window: int
+) -> ModConfig:
+    """With its cutoffs; says what the routers are worth."""
+    found, places = [routers[layer] for layer in layers], [measured.layers.index(layer) for layer in layers]
+    kept = _DEFAULT_KEPT if args.target_capacity is None else args.target_capacity
+    if args.skip is not None:
+        kept = max(1.0 - args.skip / len(layers), 0.0)
+    log_price = price(found, kept)
     worth = saving(measured, found, places, log_price)
     for layer, router in zip(layers, found, strict=True):
-        kept = float((router.predicted >= log_price).double().mean())
-        print(f"layer {layer:3}: kept by {kept:.2f} of the requests, explains {router.explained:.2f} of its costs")
+        share = float((router.predicted >= log_price).double().mean())
+        print(f"layer {layer:3}: kept by {share:.2f} of the requests, explains {router.explained:.2f} of its costs")
     print(
         f"nats per token skipped, layers by themselves: {worth.routed:.4f} routed, {worth.static:.4f} the same layers "
         f"for everyone, {worth.oracle:.4f} each request's best"
@@ -115,7 +140,6 @@ def _routers(
     settings = {
         "version": 2, "granularity": args.granularity, "layers": layers, "window": window,
         "cutoff": [log_price - router.offset for router in found],
-        "target_capacity": args.target_capacity, "base_model": args.model.rstrip("/"),
+        "target_capacity": kept, "base_model": args.model.rstrip("/"),
     }  # fmt: skip
-    weights = {layer: router.weight for layer, router in zip(layers, found, strict=True)}
-    return ModConfig.parse(settings, "mod_config"), weights
+    return ModConfig.parse(settings, "mod_config")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import sys
@@ -74,6 +73,20 @@ def test_half_of_the_layers_by_default(base: Path, data: Path, tmp_path: Path) -
     assert len(read_mod_config(tmp_path / "c").layers) == 2
 
 
+@pytest.mark.parametrize("more", [[], ["--static"]])
+def test_so_many_layers_are_skipped_wherever_it_costs_least(
+    base: Path, data: Path, tmp_path: Path, more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(base, data, tmp_path / "c", "--skip", "2", *more)) == 0
+    kept = [float(share) for share in re.findall(r"kept by (\S+) of the requests", capsys.readouterr().out)]
+    config = read_mod_config(tmp_path / "c")
+    assert len(kept) == len(config.layers) and sum(1 - share for share in kept) == pytest.approx(2, abs=0.1)
+    assert all(share < 0.99 for share in kept)
+    assert config.target_capacity == pytest.approx(1 - 2 / len(kept))
+    if more:
+        assert kept == [0, 0]
+
+
 def test_patches_are_distilled_where_that_is_asked_for(
     base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,14 +131,14 @@ def measuring(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> li
 
 
 def test_an_interrupted_measurement_goes_on(
-    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(selection, "_TOKENS", 200)
     assert main(words(base, data, tmp_path / "whole")) == 0
     with monkeypatch.context() as patch:
         before = measuring(patch, stop_at=2)
-        with contextlib.suppress(KeyboardInterrupt):
-            assert main(words(base, data, tmp_path / "c")) != 0
+        assert main(words(base, data, tmp_path / "c")) == 130
+    assert f"costs of {sum(before)} samples are in {tmp_path / 'c.costs.safetensors'}" in capsys.readouterr().err
     assert not (tmp_path / "c").exists() and (tmp_path / "c.costs.safetensors").is_file()
     behind = measuring(monkeypatch)
     assert main(words(base, data, tmp_path / "c")) == 0
@@ -183,6 +196,11 @@ def test_measured_costs_serve_other_points(
         (["--patch-rank", "-1"], "--patch-rank"),
         (["--distilled-samples", "-1"], "--distilled-samples -1: 0 or more is needed"),
         (["--granularity", "attn_token"], "--granularity"),
+        (["--skip", "4"], "--skip 4: the model has 4 layers"),
+        (["--skip", "0"], "--skip 0"),
+        (["--skip", "1", "--layers", "2"], "--skip chooses layers"),
+        (["--skip", "1", "--target-capacity", "0.5"], "--skip chooses layers"),
+        (["--costs", "/proc/nowhere/costs"], "/proc/nowhere/costs: cannot be written"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )
