@@ -228,8 +228,8 @@ class FitArguments:
     )
     skip: float | None = field(
         default=None,
-        metadata={"help": "how many layers a request skips on average, of all, where it costs least; in place of --layers "
-                  "and --target-capacity"},
+        metadata={"help": "how many layers a request skips on average, of all, where it costs least; in place of "
+                  "--layers and --target-capacity"},
     )  # fmt: skip
     patch_rank: int = field(default=64, metadata={"help": "rank of what stands in for a skipped sublayer; 0: a bias"})
     static: bool = field(

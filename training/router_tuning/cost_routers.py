@@ -21,6 +21,8 @@ from .selection import Measured
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 #: Costs below it count as it does: nats per token.
 _FLOOR = 1e-5
+#: See `moderated`.
+SHARE = 0.5
 #: A router that fewer requests follow is not worth its place in the engine.
 _FEW = 0.02
 
@@ -37,6 +39,17 @@ class CostRouter:
     predicted: Tensor
     #: share of the variance of the log costs that is predicted so
     explained: float
+
+
+def moderated(nats: Tensor, share: float = SHARE) -> Tensor:
+    """Costs `[N, layers]` in which requests differ less in all layers alike: by this share, in logs, of what they do.
+
+    What is skipped together costs more than its parts do one by one. Requests all of whose layers are cheap would skip
+    most of them, and pay more for that than the others gain.
+    """
+    logs = nats.double().clamp(min=_FLOOR).log()
+    level = logs.median(1, keepdim=True).values
+    return (logs - (1.0 - share) * (level - level.mean())).exp()
 
 
 def fit_router(inputs: Tensor, nats: Tensor, ridges: Sequence[float] = RIDGES) -> CostRouter:

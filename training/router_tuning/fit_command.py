@@ -11,7 +11,7 @@ from vllm_mod.granularity import POLICIES
 
 from . import card
 from .arguments import FitArguments, check_output, make_mod_config, parse_window
-from .cost_routers import RIDGES, CostRouter, fit_router, price, saving, spared
+from .cost_routers import RIDGES, CostRouter, fit_router, moderated, price, saving, spared
 from .costs_file import CostsFile, fingerprint
 from .data import calibration_samples, check_sources
 from .distill import distill
@@ -30,6 +30,8 @@ from .selection import Measured, cheaper_half, every_layer, measure, report
 _FEWEST = 16
 #: Kept ratio where none is asked for.
 _DEFAULT_KEPT = 0.5
+#: Patches are for requests that skip: a token of any other counts so much of one of theirs.
+_KEPT_WEIGHT = 0.1
 
 
 def fit(args: FitArguments, records: dict[str, str]) -> Path:
@@ -72,7 +74,7 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
         weights = {layer: routers[layer].weight for layer in layers}
         attach_routers(model, config, weights)
         batches = collate(samples, config, args.patch_rank, 16, ", ".join(args.data))
-        fitted = fit_patches(model, batches, args.patch_rank, place)
+        fitted = fit_patches(model, batches, args.patch_rank, place, kept_weight=_KEPT_WEIGHT)
         if args.distilled_samples:
             found = distill(model, samples[: args.distilled_samples])
             nats = f"{found.before:.4f} as fitted, {found.after:.4f} distilled"
@@ -116,8 +118,9 @@ def _checked(args: FitArguments) -> tuple[str, int]:
 def _routers(args: FitArguments, measured: Measured) -> dict[int, CostRouter]:
     """Of every layer that was measured."""
     ridges = () if args.static else RIDGES  # none is tried: nothing is learned
+    nats = measured.nats if args.static else moderated(measured.nats)
     places = enumerate(measured.layers)
-    return {layer: fit_router(measured.inputs[:, place], measured.nats[:, place], ridges) for place, layer in places}
+    return {layer: fit_router(measured.inputs[:, place], nats[:, place], ridges) for place, layer in places}
 
 
 def _config(

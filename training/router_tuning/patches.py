@@ -23,6 +23,7 @@ from vllm_mod.tensors import Patch
 
 from .data import Collator
 from .layerwise import Batch, HiddenStates, advance, sublayer
+from .model import given_prompts
 from .ridge import Fitted, Moments, TooLowRank, fit
 from .routing import LinearPatch, ModelRouting, routing_of
 
@@ -84,13 +85,14 @@ def _may_skip(sample: Mapping[str, Any], config: ModConfig) -> int:
 
 
 def fit_patches(
-    model: Any, batches: Sequence[Batch], rank: int, directory: Path, quiet: bool = False
+    model: Any, batches: Sequence[Batch], rank: int, directory: Path, quiet: bool = False, kept_weight: float = 1.0
 ) -> dict[int, Fitted]:
     """Fit a patch for every routed layer of a model in evaluation mode, give it to the model, and return them all.
 
     What patches the model has are replaced. batches: see `collate`. Hidden states are kept in an unnamed file in
-    `directory`. Costs about two forward passes over the data. Raises ConfigError, with the model's patches as far as
-    they were fitted, where activations are not finite or differ in fewer directions than the rank.
+    `directory`. kept_weight: what a token of a request that keeps the sublayer counts, where requests decide. It costs
+    about two forward passes over the data. Raises ConfigError, with the model's patches as far as they were fitted,
+    where activations are not finite or differ in fewer directions than the rank.
     """
     state, fitted = routing_of(model), dict[int, Fitted]()
     layers = state.config.layers
@@ -104,25 +106,37 @@ def fit_patches(
                 before = states.get(number) if place else None
                 states.put(number, advance(model, batch, before, first, layer))
                 progress.update()
-            moments = _moments(model, batches, states, layer, progress)
+            moments = _moments(model, batches, states, layer, kept_weight, progress)
             fitted[layer] = _fitted(layer, *moments, rank)
             _give(state, layer, fitted[layer].patch, model)
     return fitted
 
 
 def _moments(
-    model: Any, batches: Sequence[Batch], states: HiddenStates, layer: int, progress: Any
+    model: Any, batches: Sequence[Batch], states: HiddenStates, layer: int, kept_weight: float, progress: Any
 ) -> tuple[Moments, Moments]:
     """Of the samples that are fitted on, and of those held out."""
     hidden_size = model.config.hidden_size
     train, held_out = Moments(hidden_size, model.device), Moments(hidden_size, model.device)
     for number, batch in enumerate(batches):
         x, y, may_skip = sublayer(model, batch, states.get(number), layer)
+        keep = _kept(model, batch, layer, x) if kept_weight != 1.0 else torch.zeros(len(x), dtype=torch.bool)
         for moments, rows in ((train, ~batch["held_out"]), (held_out, batch["held_out"])):
-            tokens = may_skip & rows[:, None].to(may_skip.device)
-            moments.add(x[tokens], y[tokens])
+            for weight, these in ((1.0, rows & ~keep), (kept_weight, rows & keep)):
+                tokens = may_skip & these[:, None].to(may_skip.device)
+                moments.add(x[tokens], y[tokens], weight)
         progress.update()
     return train, held_out
+
+
+@torch.no_grad()
+def _kept(model: Any, batch: Batch, layer: int, x: Tensor) -> Tensor:
+    """bool `[B]`, on the CPU: which requests keep the sublayer whose input is x; none where requests do not decide."""
+    state = routing_of(model)
+    if state.config.is_static or not state.config.policy.by_request:
+        return torch.zeros(len(x), dtype=torch.bool)
+    with given_prompts(model, batch["prompt_mask"].to(model.device)):
+        return state.decide(layer, x).keep.cpu()
 
 
 def _fitted(layer: int, train: Moments, held_out: Moments, rank: int) -> Fitted:

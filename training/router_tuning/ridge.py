@@ -9,6 +9,7 @@ the principal directions of what it fits (Mukherjee and Zhu, 2011).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,16 +29,17 @@ class Moments:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        self.tokens = 0
+        self.tokens: float = 0  #: each counts its weight
         self.x, self.y, self.yy = zeros(hidden_size), zeros(hidden_size), zeros()
         self.xx, self.xy = zeros(hidden_size, hidden_size), zeros(hidden_size, hidden_size)
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """x, y: `[tokens, hidden]`, of any float type."""
-        x, y = x.double(), y.double()
-        self.tokens += len(x)
-        self.x += x.sum(0)
-        self.y += y.sum(0)
+    def add(self, x: Tensor, y: Tensor, weight: float = 1.0) -> None:
+        """x, y: `[tokens, hidden]`, of any float type. weight: of each of these tokens."""
+        root = weight**0.5
+        self.tokens += weight * len(x)
+        self.x += weight * x.double().sum(0)
+        self.y += weight * y.double().sum(0)
+        x, y = root * x.double(), root * y.double()
         self.yy += y.square().sum()
         self.xx += x.T @ x
         self.xy += x.T @ y
@@ -122,7 +124,7 @@ def fit(train: Moments, held_out: Moments, rank: int, ridges: Sequence[float] = 
     """
     together = Regression(train + held_out)
     if together.rank < rank:
-        raise TooLowRank(f"{train.tokens + held_out.tokens} tokens differ in {together.rank} directions")
+        raise TooLowRank(f"{math.ceil(train.tokens + held_out.tokens)} tokens differ in {together.rank} directions")
     trained = Regression(train)
     errors = {ridge: held_out.error(trained.patch(rank, ridge)) for ridge in (ridges if rank else ridges[:1])}
     ridge = min(errors, key=lambda r: errors[r])
@@ -131,7 +133,7 @@ def fit(train: Moments, held_out: Moments, rank: int, ridges: Sequence[float] = 
         _in_float32(together.patch(rank, ridge)),
         ridge if rank else None,
         1.0 - errors[ridge] / variance if variance > 0 else 0.0,
-        train.tokens + held_out.tokens,
+        math.ceil(train.tokens + held_out.tokens),
     )
 
 

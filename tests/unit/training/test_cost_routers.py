@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router_tuning.cost_routers import CostRouter, fit_router, price, saving
+from router_tuning.cost_routers import CostRouter, fit_router, moderated, price, saving
 from router_tuning.selection import Measured
 
 
@@ -84,3 +84,26 @@ def test_savings_lie_between_the_oracle_and_the_static_drop() -> None:
     zero = [CostRouter(torch.zeros(1, 5), 0.0, nats[:, p].mean().log().expand(100), 0.0) for p in (0, 1)]
     nothing = saving(measured, zero, (0, 1), price(zero, 0.5))
     assert nothing.routed == pytest.approx(nothing.static)  # routers that know nothing are the static drop
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_requests_differ_less_in_all_layers_alike(share: float) -> None:
+    """Costs that are request x layer: the requests' part shrinks to its share, the layers' part stays."""
+    request, layer = torch.rand(40, 1).double() * 3 - 5, torch.rand(1, 7).double() - 3
+    found = moderated((request + layer).exp(), share).log()
+    assert torch.allclose(found.std(0), share * request.std(), atol=1e-9)
+    assert torch.allclose(found - found[:, :1], (layer - layer[:, :1]).expand(40, 7))
+    assert float(found.mean()) == pytest.approx(float((request + layer).mean()))
+
+
+def test_what_is_worth_skipping_does_not_hang_on_the_request_alone() -> None:
+    """Requests with a level of their own, and layers that each prefer some: how many a request skips spreads less."""
+    draws = torch.Generator().manual_seed(3)
+    inputs = torch.randn(200, 8, generator=draws)
+    logs = inputs[:, :1] + inputs[:, 1:7] / 2 - 4
+    spreads = []
+    for nats in (logs.exp(), moderated(logs.exp())):
+        routers = [fit_router(inputs, nats[:, layer]) for layer in range(6)]
+        limit = price(routers, 0.5)
+        spreads.append(float(torch.stack([r.predicted < limit for r in routers], 1).sum(1).double().std()))
+    assert spreads[1] < 0.9 * spreads[0]

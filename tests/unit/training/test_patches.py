@@ -105,6 +105,29 @@ def test_at_full_rank_it_is_least_squares_on_the_activations(granularity, more, 
         assert 0 < torch.cat(kept).mean() < 1
 
 
+def test_requests_that_keep_count_as_little_as_is_said(tmp_path, monkeypatch):
+    """The first routed layer: least squares with a weight for each request, by its real decision."""
+    mod, layer, weight = config("attn_sequence", version=2, window=2), ROUTED[0], 0.25
+    monkeypatch.setattr(patches, "fit", partial(ridge.fit, ridges=(0.0,)))
+    model = routed(mod)
+    batches = collate(some_samples(), mod, HIDDEN, 6, "data")
+    found = fit_patches(model, batches, HIDDEN, tmp_path, quiet=True, kept_weight=weight)[layer].patch
+    x, y = (part.double() for part in by_hand(mod, layer, {}))
+    weights = []
+    for sample in some_samples():
+        ids, prompt = sample["input_ids"], sample["prompt_len"] or len(sample["input_ids"])
+        reference_logits(model, ids, prompt)
+        keep = bool(reference_decisions(model)[layer].all())
+        weights += [weight if keep else 1.0] * (len(ids) - min(2, prompt))
+    assert len(set(weights)) == 2 and len(weights) == len(x)
+    rows, root = np.c_[x.numpy(), np.ones(len(x))], np.sqrt(np.array(weights))[:, None]
+    expected, *_ = np.linalg.lstsq(rows * root, y.numpy() * root, rcond=None)
+    mine = apply_patch(x.float(), found.bias, found.down, found.up)
+    np.testing.assert_allclose(mine.numpy(), rows @ expected, atol=2e-3, rtol=2e-3)
+    unweighted, *_ = np.linalg.lstsq(rows, y.numpy(), rcond=None)
+    assert np.abs(rows @ (expected - unweighted)).max() > 0.01
+
+
 @pytest.mark.parametrize("granularity", ["attn_sequence", "block_token", "mlp_static"])
 def test_batches_do_not_matter(granularity, tmp_path):
     one, other = (fitted(config(granularity), 4, tmp_path, size)[1] for size in (1, 9))
