@@ -51,7 +51,7 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
         raise ConfigError(f"--measured-samples {args.measured_samples}: {_FEWEST} or more are needed")
     if args.skip is not None and not 0 < args.skip < shape.num_layers:
         raise ConfigError(
-            f"--skip {args.skip:g}: the model has {shape.num_layers} layers; fewer, and more than 0, can be"
+            f"--skip {args.skip:g}: the model has {shape.num_layers} layers; a number above 0 and below that is needed"
         )
     place = check_writable(Path(args.output), Path(args.output).absolute().parent)
     check_writable(_costs_path(args), _costs_path(args).absolute().parent)
@@ -65,6 +65,10 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
         routers = _routers(args, measured)
         if args.skip is not None:
             layers = spared(measured.layers, routers, args.skip)
+            if not layers:
+                raise ConfigError(
+                    f"--skip {args.skip:g}: hardly any request would skip a layer; a higher number is needed"
+                )
         else:
             layers = named or cheaper_half(measured.costs())
         report(measured.costs(), layers)

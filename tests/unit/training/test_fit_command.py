@@ -198,6 +198,8 @@ def test_measured_costs_serve_other_points(
         (["--granularity", "attn_token"], "--granularity"),
         (["--skip", "4"], "--skip 4: the model has 4 layers"),
         (["--skip", "0"], "--skip 0"),
+        (["--skip", "0.001"], "--skip 0.001: hardly any request would skip a layer"),
+        (["--skip", "0.4", "--static"], "--skip 0.4: hardly any request would skip a layer"),
         (["--skip", "1", "--layers", "2"], "--skip chooses layers"),
         (["--skip", "1", "--target-capacity", "0.5"], "--skip chooses layers"),
         (["--costs", "/proc/nowhere/costs"], "/proc/nowhere/costs: cannot be written"),
