@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vllm_mod.config import ConfigError
+from vllm_mod.files import replacing
 
 #: Numbers of a parameter that tell it from another one's.
 _TOLD_BY = 64
@@ -61,18 +61,12 @@ class CostsFile:
             raise ConfigError(f"{self.path}: measured with another {', '.join(other)}; name another file, or delete it")
         return Rows(**rows)
 
-    def add(self, rows: Rows) -> None:
-        """Written at once; whatever happens, the file is whole. Raises ConfigError."""
-        self.rows = rows if self.rows is None else self.rows + rows
-        beside = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
-        try:
+    def write(self, rows: Rows) -> None:
+        """All that is known by now, in one step. Raises ConfigError."""
+        self.rows = rows
+        with replacing(self.path) as (temporary,):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(vars(self.rows), beside, metadata=self.belongs_to)
-            beside.replace(self.path)
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"{self.path}: measured costs cannot be kept: {error}") from None
-        finally:
-            beside.unlink(missing_ok=True)
+            save_file(vars(rows), temporary, metadata=self.belongs_to)
 
     @contextlib.contextmanager
     def named_on_interrupt(self) -> Iterator[None]:

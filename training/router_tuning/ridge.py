@@ -35,14 +35,13 @@ class Moments:
 
     def add(self, x: Tensor, y: Tensor, weight: float = 1.0) -> None:
         """x, y: `[tokens, hidden]`, of any float type. weight: of each of these tokens."""
-        root = weight**0.5
+        x, y = x.double(), y.double()
         self.tokens += weight * len(x)
-        self.x += weight * x.double().sum(0)
-        self.y += weight * y.double().sum(0)
-        x, y = root * x.double(), root * y.double()
-        self.yy += y.square().sum()
-        self.xx += x.T @ x
-        self.xy += x.T @ y
+        self.x += weight * x.sum(0)
+        self.y += weight * y.sum(0)
+        self.yy += weight * y.square().sum()
+        self.xx += weight * (x.T @ x)
+        self.xy += weight * (x.T @ y)
 
     def __add__(self, other: Moments) -> Moments:
         total = Moments(len(self.x), self.x.device)

@@ -74,9 +74,10 @@ def measure(
 ) -> Measured:
     """Of every layer that `target` (attn, mlp or block) has, on the first `number` samples.
 
-    model: the base model in evaluation mode; it is left with routers. samples: as `tokenize` gives them; patches (where
-    rank is not None) are fitted on all of them. directory: for what patches need. It costs about layers / 2 forwards.
-    file: what it has is not measured again, and what is found goes there. Raises ConfigError where no number comes out.
+    model: the base model in evaluation mode; it is left with routers, if anything is measured. samples: as `tokenize`
+    gives them; patches (where rank is not None) are fitted on all of them. directory: for what patches need. It costs
+    about layers / 2 forwards. file: what it has is not measured again, and what is found goes there. Raises ConfigError
+    where no number comes out.
     """
     config, number = every_layer(shape, target, window), min(number, len(samples))
     known = set() if file is None or file.rows is None else set(file.rows.sample.tolist())
@@ -118,7 +119,7 @@ def _measure(
                 )
             found = rows if found is None else found + rows
             if file is not None:
-                file.add(rows)
+                file.write(found)
     assert found is not None
     return found
 
