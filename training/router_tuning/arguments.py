@@ -13,8 +13,9 @@ from transformers import TrainingArguments
 
 from vllm_mod.checkpoint import BaseShape
 from vllm_mod.config import ConfigError, ModConfig, default_layers
-from vllm_mod.granularity import GRANULARITIES, POLICIES
+from vllm_mod.granularity import GRANULARITIES
 
+from .fit_arguments import FitArguments
 from .trainer_flags import OPTIMIZERS
 
 #: How far one AdamW step may move a score, at most, for inputs of unit size. See `default_learning_rate`.
@@ -201,61 +202,6 @@ class ExportArguments:
     eval_fraction: float = field(
         default=0.0, metadata={"help": "leave out the last part of every file, as train holds it out (there 0.02)"}
     )
-
-
-@dataclass
-class FitArguments:
-    """Layers, routers, thresholds and patches without a gradient: what skipping costs each request is measured, layer
-    by layer; routers are fitted to predict it, and skip where it is least. It takes as many forward passes over
-    --measured-samples as half of the layers."""
-
-    model: str = field(metadata={"help": "base model: a directory, a hub name, or smollm2 (pip brings it)"})
-    data: list[str] = field(metadata={"help": "prompts with answers like those that will be served, as for train"})
-    output: str = field(metadata={"help": "the checkpoint to write; must not exist"})
-    granularity: str = field(
-        default="attn_sequence",
-        metadata={
-            "help": "what is skipped, per what",
-            "choices": [g for g, policy in POLICIES.items() if policy.by_request],
-        },
-    )
-    layers: list[str] | None = field(
-        default=None, metadata={"help": "routed layers, as for train; default, or `auto`: the half that costs least"}
-    )
-    window: str = field(default="32", metadata={"help": "tokens at the start of a prompt that decide, and always run"})
-    target_capacity: float | None = field(
-        default=None, metadata={"help": "kept ratio of the routed layers, between 0 and 1 (default: 0.5)"}
-    )
-    skip: float | None = field(
-        default=None,
-        metadata={"help": "how many layers a request skips on average, of all, where it costs least; in place of "
-                  "--layers and --target-capacity"},
-    )  # fmt: skip
-    patch_rank: int = field(default=64, metadata={"help": "rank of what stands in for a skipped sublayer; 0: a bias"})
-    static: bool = field(
-        default=False,
-        metadata={"help": "every request skips the same layers, the cheapest: what routers are to be compared with"},
-    )
-    measured_samples: int = field(default=128, metadata={"help": "samples whose costs are measured, of --max-samples"})
-    costs: str | None = field(
-        default=None,
-        metadata={"help": "file that keeps what was measured: an interrupted run goes on from it, and one with another "
-                  "--skip, --target-capacity or --static measures nothing again; default: beside --output, removed "
-                  "at the end"},
-    )  # fmt: skip
-    max_samples: int = field(default=512, metadata={"help": "samples that patches are fitted on"})
-    distilled_samples: int = field(
-        default=0,
-        metadata={"help": "samples, of --max-samples, on which the fitted patches are then brought nearer to the dense "
-                  "model's predictions; 0: none"},
-    )  # fmt: skip
-    max_length: int = field(default=512, metadata={"help": "tokens of a sample; longer ones are truncated"})
-    eval_fraction: float = field(
-        default=0.02, metadata={"help": "leave out the last part of every file, for evaluation; 0: all rows"}
-    )
-
-    def __post_init__(self) -> None:
-        self.layers = None if self.layers == ["auto"] else self.layers
 
 
 @dataclass

@@ -32,7 +32,7 @@ def train(argv: Sequence[str]) -> int:
 
 
 def fit(argv: Sequence[str]) -> int:
-    from .arguments import FitArguments
+    from .fit_arguments import FitArguments
     from .fit_command import fit as run_fit
     from .parser import parse
 

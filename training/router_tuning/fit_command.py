@@ -10,12 +10,13 @@ from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.granularity import POLICIES
 
 from . import card
-from .arguments import FitArguments, check_output, make_mod_config, parse_window
+from .arguments import check_output, make_mod_config, parse_window
 from .cost_routers import RIDGES, CostRouter, fit_router, moderated, price, saving, spared
 from .costs_file import CostsFile, fingerprint
 from .data import calibration_samples, check_sources
 from .distill import distill
 from .export import base_shape
+from .fit_arguments import FitArguments
 from .hub import local_model
 from .interrupt import deferred
 from .loading import measuring_dtype, on_best_device
