@@ -21,8 +21,6 @@ from .selection import Measured
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 #: Costs below it count as it does: nats per token.
 _FLOOR = 1e-5
-#: See `moderated`.
-SHARE = 0.5
 #: A router that fewer requests follow is not worth its place in the engine.
 _FEW = 0.02
 
@@ -41,7 +39,7 @@ class CostRouter:
     explained: float
 
 
-def moderated(nats: Tensor, share: float = SHARE) -> Tensor:
+def moderated(nats: Tensor, share: float) -> Tensor:
     """Costs `[N, layers]` in which requests differ less in all layers alike: by this share, in logs, of what they do.
 
     What is skipped together costs more than its parts do one by one. Requests all of whose layers are cheap would skip

@@ -17,9 +17,12 @@ from torch import Tensor
 
 from vllm_mod.config import ConfigError
 from vllm_mod.files import replacing
+from vllm_mod.tensors import Patch
 
 #: Numbers of a parameter that tell it from another one's.
 _TOLD_BY = 64
+#: Before the names of patches' tensors.
+_PATCH = "patch."
 
 
 @dataclass
@@ -40,18 +43,23 @@ class Rows:
 
 
 class CostsFile:
-    """A safetensors file with `Rows`, and in its metadata what they belong to."""
+    """A safetensors file with `Rows` and the patches they were measured with; its metadata say what they belong to."""
 
     def __init__(self, path: Path, belongs_to: Mapping[str, str]) -> None:
         """belongs_to: name -> value, see `fingerprint`. Raises ConfigError if the file is of anything else."""
         self.path, self.belongs_to = path, dict(belongs_to)
-        self.rows: Rows | None = self._read() if path.exists() else None
+        #: None: nothing was measured yet
+        self.rows: Rows | None = None
+        #: per layer; empty where none were fitted
+        self.patches: dict[int, Patch] = {}
+        if path.exists():
+            self._read()
 
-    def _read(self) -> Rows:
+    def _read(self) -> None:
         try:
             with safe_open(self.path, "pt") as file:
                 stored = file.metadata() or {}
-                rows = {name: file.get_tensor(name) for name in Rows.__dataclass_fields__}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         except (OSError, SafetensorError) as error:
             raise ConfigError(
                 f"{self.path}: not a file of measured costs: {error}; name another, or delete it"
@@ -59,22 +67,29 @@ class CostsFile:
         other = [name for name, value in self.belongs_to.items() if stored.get(name) != value]
         if other:
             raise ConfigError(f"{self.path}: measured with another {', '.join(other)}; name another file, or delete it")
-        return Rows(**rows)
+        parts: dict[int, dict[str, Tensor]] = {}
+        for name in [name for name in tensors if name.startswith(_PATCH)]:
+            layer, part = name.removeprefix(_PATCH).split(".")
+            parts.setdefault(int(layer), {})[part] = tensors.pop(name)
+        self.patches = {layer: Patch(**found) for layer, found in parts.items()}
+        self.rows = Rows(**tensors) if tensors else None
 
-    def write(self, rows: Rows) -> None:
+    def write(self) -> None:
         """All that is known by now, in one step. Raises ConfigError."""
-        self.rows = rows
+        tensors = {} if self.rows is None else dict(vars(self.rows))
+        for layer, patch in self.patches.items():
+            tensors |= {f"{_PATCH}{layer}.{part}": found for part, found in vars(patch).items() if found is not None}
         with replacing(self.path) as (temporary,):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(vars(rows), temporary, metadata=self.belongs_to)
+            save_file(tensors, temporary, metadata=self.belongs_to)
 
     @contextlib.contextmanager
     def named_on_interrupt(self) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt:
-            if self.rows is not None and self.path.exists():
-                number = len(self.rows.sample)
+            if self.path.exists():
+                number = 0 if self.rows is None else len(self.rows.sample)
                 print(
                     f"costs of {number} samples are in {self.path}; the same command goes on from it", file=sys.stderr
                 )

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
+
+import torch
 
 from vllm_mod.checkpoint import write_checkpoint
 from vllm_mod.config import ConfigError, ModConfig
+from vllm_mod.files import CONFIG_FILE, read_json
 from vllm_mod.granularity import POLICIES
 
 from . import card
 from .arguments import check_output, make_mod_config, parse_window
-from .cost_routers import RIDGES, CostRouter, fit_router, moderated, price, saving, spared
+from .choice import Choice, best, choices
+from .cost_routers import saving
 from .costs_file import CostsFile, fingerprint
 from .data import calibration_samples, check_sources
 from .distill import distill
@@ -25,7 +28,7 @@ from .patch_record import PATCHES_FILE, PatchRecord
 from .patches import check_rank, collate, fit_patches, with_patch
 from .preflight import check_vocabulary, check_writable
 from .routing import routing_of
-from .selection import Measured, cheaper_half, every_layer, measure, report
+from .selection import Measured, every_layer, measure, report
 
 #: Fewer say nothing about how requests differ.
 _FEWEST = 16
@@ -59,24 +62,16 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
     model = on_best_device(load_base(base, measuring_dtype()).eval())
     costs = CostsFile(_costs_path(args), fingerprint(model, samples, target, window, args.patch_rank))
     with costs.named_on_interrupt():
-        measured = measure(
-            model, samples, shape, target, window, args.patch_rank, place, args.measured_samples, file=costs
-        )
+        number, rank = args.measured_samples, args.patch_rank
+        measured = measure(model, samples, shape, target, window, rank, place, number, file=costs)
+        kept = _DEFAULT_KEPT if args.target_capacity is None else args.target_capacity
+        choice = best(model, samples, measured, choices(measured, args.static, named, args.skip, kept))
         del model
-        routers = _routers(args, measured)
-        if args.skip is not None:
-            layers = spared(measured.layers, routers, args.skip)
-            if not layers:
-                raise ConfigError(
-                    f"--skip {args.skip:g}: hardly any request would skip a layer; a higher number is needed"
-                )
-        else:
-            layers = named or cheaper_half(measured.costs())
-        report(measured.costs(), layers)
-        config = _config(args, measured, layers, routers, window)
+        report(measured.costs(), choice.layers)
+        config = _config(args, measured, choice, window)
 
         model = on_best_device(load_base(base, measuring_dtype()).eval())
-        weights = {layer: routers[layer].weight for layer in layers}
+        weights = {layer: choice.routers[layer].weight for layer in choice.layers}
         attach_routers(model, config, weights)
         batches = collate(samples, config, args.patch_rank, 16, ", ".join(args.data))
         fitted = fit_patches(model, batches, args.patch_rank, place, kept_weight=_KEPT_WEIGHT)
@@ -94,7 +89,7 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
                 with_patch(config, args.patch_rank),
                 weights,
                 records | {PATCHES_FILE: record.to_text()},
-                patches={layer: patch.tensors() for layer, patch in routing_of(model).patches.items()},
+                patches={layer: patch.tensors(_dtype(base)) for layer, patch in routing_of(model).patches.items()},
             )
             card.write(output)
             if args.costs is None:
@@ -120,34 +115,26 @@ def _checked(args: FitArguments) -> tuple[str, int]:
     return POLICIES[args.granularity].target, window
 
 
-def _routers(args: FitArguments, measured: Measured) -> dict[int, CostRouter]:
-    """Of every layer that was measured."""
-    ridges = () if args.static else RIDGES  # none is tried: nothing is learned
-    nats = measured.nats if args.static else moderated(measured.nats)
-    places = enumerate(measured.layers)
-    return {layer: fit_router(measured.inputs[:, place], nats[:, place], ridges) for place, layer in places}
+def _dtype(base: Path) -> torch.dtype:
+    """Of the patches in the checkpoint: they are served in the base's own, so that more of theirs would be lost."""
+    config = read_json(base / CONFIG_FILE)
+    return torch.bfloat16 if config.get("dtype", config.get("torch_dtype")) == "bfloat16" else torch.float32
 
 
-def _config(
-    args: FitArguments, measured: Measured, layers: list[int], routers: Mapping[int, CostRouter], window: int
-) -> ModConfig:
+def _config(args: FitArguments, measured: Measured, choice: Choice, window: int) -> ModConfig:
     """With its cutoffs; says what the routers are worth."""
-    found, places = [routers[layer] for layer in layers], [measured.layers.index(layer) for layer in layers]
-    kept = _DEFAULT_KEPT if args.target_capacity is None else args.target_capacity
-    if args.skip is not None:
-        kept = max(1.0 - args.skip / len(layers), 0.0)
-    log_price = price(found, kept)
-    worth = saving(measured, found, places, log_price)
-    for layer, router in zip(layers, found, strict=True):
-        share = float((router.predicted >= log_price).double().mean())
+    found, places = [choice.routers[layer] for layer in choice.layers], [*map(measured.layers.index, choice.layers)]
+    worth = saving(measured, found, places, choice.log_price)
+    for layer, router in zip(choice.layers, found, strict=True):
+        share = float((router.predicted >= choice.log_price).double().mean())
         print(f"layer {layer:3}: kept by {share:.2f} of the requests, explains {router.explained:.2f} of its costs")
     print(
         f"nats per token skipped, layers by themselves: {worth.routed:.4f} routed, {worth.static:.4f} the same layers "
         f"for everyone, {worth.oracle:.4f} each request's best"
     )
     settings = {
-        "version": 2, "granularity": args.granularity, "layers": layers, "window": window,
-        "cutoff": [log_price - router.offset for router in found],
-        "target_capacity": kept, "base_model": args.model.rstrip("/"),
+        "version": 2, "granularity": args.granularity, "layers": choice.layers, "window": window,
+        "cutoff": [choice.log_price - router.offset for router in found],
+        "target_capacity": choice.kept, "base_model": args.model.rstrip("/"),
     }  # fmt: skip
     return ModConfig.parse(settings, "mod_config")

@@ -108,7 +108,7 @@ def fit_patches(
                 progress.update()
             moments = _moments(model, batches, states, layer, kept_weight, progress)
             fitted[layer] = _fitted(layer, *moments, rank)
-            _give(state, layer, fitted[layer].patch, model)
+            give(state, layer, fitted[layer].patch, model)
     return fitted
 
 
@@ -149,7 +149,8 @@ def _fitted(layer: int, train: Moments, held_out: Moments, rank: int) -> Fitted:
 
 
 @torch.no_grad()
-def _give(state: ModelRouting, layer: int, patch: Patch, model: Any) -> None:
+def give(state: ModelRouting, layer: int, patch: Patch, model: Any) -> None:
+    """Put `patch` in a layer's place, as a module that nothing trains."""
     rank = 0 if patch.down is None else len(patch.down)
     module = LinearPatch(len(patch.bias), rank, model.device)
     for parameter, value in zip(module.parts(), (patch.bias, patch.down, patch.up), strict=True):

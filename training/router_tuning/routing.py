@@ -52,9 +52,9 @@ class LinearPatch(nn.Module):
             return self.bias, None, None
         return self.bias, self.down.weight, self.up.weight
 
-    def tensors(self) -> Patch:
-        """Detached float32 copies on the CPU."""
-        bias, *maps = (None if part is None else part.detach().float().cpu().clone() for part in self.parts())
+    def tensors(self, dtype: torch.dtype = torch.float32) -> Patch:
+        """Detached copies on the CPU."""
+        bias, *maps = (None if part is None else part.detach().cpu().to(dtype, copy=True) for part in self.parts())
         assert bias is not None
         return Patch(bias, *maps)
 

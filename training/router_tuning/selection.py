@@ -27,7 +27,7 @@ from .costs_file import CostsFile, Rows
 from .data import Collator
 from .layerwise import Batch, answer_predictions, divergences, supervised
 from .model import attach_routers, decoder_layers, load_base
-from .patches import collate, fit_patches
+from .patches import collate, fit_patches, give
 from .preflight import check_writable
 from .records import read_state
 from .routing import routing_of
@@ -53,6 +53,8 @@ class Measured:
     tokens: Tensor
     #: float32 `[N, layers, hidden]`: the mean of a sublayer's normed input over the tokens that decide
     inputs: Tensor
+    #: int64 `[N]`: which of the samples
+    sample: Tensor
 
     def costs(self) -> dict[int, float]:
         """Layer -> nats per answer token, cheapest first."""
@@ -74,41 +76,54 @@ def measure(
 ) -> Measured:
     """Of every layer that `target` (attn, mlp or block) has, on the first `number` samples.
 
-    model: the base model in evaluation mode; it is left with routers, if anything is measured. samples: as `tokenize`
+    model: the base model in evaluation mode; it is left with routers of zeros and with patches. samples: as `tokenize`
     gives them; patches (where rank is not None) are fitted on all of them. directory: for what patches need. It costs
     about layers / 2 forwards. file: what it has is not measured again, and what is found goes there. Raises ConfigError
     where no number comes out.
     """
     config, number = every_layer(shape, target, window), min(number, len(samples))
     known = set() if file is None or file.rows is None else set(file.rows.sample.tolist())
-    rows = _measure(model, samples, config, rank, directory, [i for i in range(number) if i not in known], quiet, file)
+    attach_routers(model, config)
+    if rank is not None:
+        _give_patches(model, samples, config, rank, directory, quiet, file)
+    rows = _measure(model, samples, [i for i in range(number) if i not in known], quiet, file)
     order = sorted(range(number), key=lambda i: len(samples[i]["input_ids"]))
     place = {sample: place for place, sample in enumerate(rows.sample.tolist())}
     wanted = torch.tensor([place[sample] for sample in order])
-    return Measured(config.layers, rows.nats[wanted], rows.tokens[wanted], rows.inputs[wanted])
+    return Measured(config.layers, rows.nats[wanted], rows.tokens[wanted], rows.inputs[wanted], torch.tensor(order))
 
 
-def _measure(
+def _give_patches(
     model: Any,
     samples: Sequence[Mapping[str, Any]],
     config: ModConfig,
-    rank: int | None,
+    rank: int,
     directory: Path,
-    missing: Sequence[int],
     quiet: bool,
     file: CostsFile | None,
+) -> None:
+    """Those that `file` has; else they are fitted, on dense activations: no layer is skipped yet."""
+    if file is not None and file.patches:
+        for layer, patch in file.patches.items():
+            give(routing_of(model), layer, patch, model)
+        return
+    fit_patches(model, collate(samples, config, rank, 16, "--data"), rank, directory, quiet)
+    if file is not None:
+        file.patches = {layer: patch.tensors() for layer, patch in routing_of(model).patches.items()}
+        file.write()
+
+
+def _measure(
+    model: Any, samples: Sequence[Mapping[str, Any]], missing: Sequence[int], quiet: bool, file: CostsFile | None
 ) -> Rows:
     """What `file` has, and the samples that it lacks."""
     found = None if file is None else file.rows
-    if found is not None and not missing:
-        return found
-    attach_routers(model, config)
-    if rank is not None:  # on dense activations: no layer is skipped yet
-        fit_patches(model, collate(samples, config, rank, 16, "--data"), rank, directory, quiet)
     order = sorted(missing, key=lambda i: len(samples[i]["input_ids"]))
-    batches = _batches([len(samples[i]["input_ids"]) for i in order])
-    total = len(batches) * (len(config.layers) + 1)
-    with tqdm(total=total, desc="layer costs", unit="forward", disable=True if quiet else None) as progress:
+    batches = batches_of([len(samples[i]["input_ids"]) for i in order])
+    total = len(batches) * (len(routing_of(model).config.layers) + 1)
+    with tqdm(
+        total=total, desc="layer costs", unit="forward", disable=True if quiet or not missing else None
+    ) as progress:
         for places in batches:
             these = [order[place] for place in places]
             batch = Collator(0)([dict(samples[i]) for i in these])
@@ -119,12 +134,13 @@ def _measure(
                 )
             found = rows if found is None else found + rows
             if file is not None:
-                file.write(found)
+                file.rows = found
+                file.write()
     assert found is not None
     return found
 
 
-def _batches(lengths: Sequence[int]) -> list[list[int]]:
+def batches_of(lengths: Sequence[int]) -> list[list[int]]:
     """Places of ascending lengths, so many together as `_TOKENS` allows when padded to the longest; at least one."""
     batches: list[list[int]] = []
     for place, length in enumerate(lengths):

@@ -77,7 +77,7 @@ def test_savings_lie_between_the_oracle_and_the_static_drop() -> None:
     draws = torch.Generator().manual_seed(1)
     inputs = torch.randn(100, 2, 5, generator=draws)
     nats = torch.stack([inputs[:, 0, 0], -inputs[:, 1, 1]], 1).double().exp()
-    measured = Measured((3, 7), nats, torch.ones(100).double(), inputs)
+    measured = Measured((3, 7), nats, torch.ones(100).double(), inputs, torch.arange(100))
     routers = [fit_router(inputs[:, place], nats[:, place]) for place in (0, 1)]
     worth = saving(measured, routers, (0, 1), price(routers, 0.5))
     assert worth.oracle <= worth.routed < 0.7 * worth.static
@@ -102,7 +102,7 @@ def test_what_is_worth_skipping_does_not_hang_on_the_request_alone() -> None:
     inputs = torch.randn(200, 8, generator=draws)
     logs = inputs[:, :1] + inputs[:, 1:7] / 2 - 4
     spreads = []
-    for nats in (logs.exp(), moderated(logs.exp())):
+    for nats in (logs.exp(), moderated(logs.exp(), 0.5)):
         routers = [fit_router(inputs, nats[:, layer]) for layer in range(6)]
         limit = price(routers, 0.5)
         spreads.append(float(torch.stack([r.predicted < limit for r in routers], 1).sum(1).double().std()))

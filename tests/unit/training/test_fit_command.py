@@ -87,6 +87,17 @@ def test_so_many_layers_are_skipped_wherever_it_costs_least(
         assert kept == [0, 0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_patches_are_written_as_they_are_served(data: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """In the base's own precision, routers in float32 whatever that is; the reference reads both."""
+    base = tiny_model(tmp_path / "base", "llama", num_hidden_layers=4, dtype=dtype)
+    assert main(words(base, data, tmp_path / "c")) == 0
+    found = load_file(tmp_path / "c/routers.safetensors")
+    assert {tensor.dtype for name, tensor in found.items() if "patch" in name} == {dtype}
+    assert {tensor.dtype for name, tensor in found.items() if "patch" not in name} == {torch.float32}
+    assert all(patch.up is not None for patch in routing_of(load_reference(tmp_path / "c")).patches.values())
+
+
 def test_patches_are_distilled_where_that_is_asked_for(
     base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -160,6 +171,9 @@ def test_measured_costs_serve_other_points(
     assert main(words(base, data, tmp_path / "c", *kept, "--static", "--target-capacity", "0.25")) == 0
     assert not numbers
     monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(selection, "fit_patches", lambda *_: pytest.fail("the file has the patches"))
+        assert main(words(base, data, tmp_path / "p", *kept)) == 0
     assert main(words(base, data, tmp_path / "d", "--static", "--target-capacity", "0.25")) == 0
     alone, shared = (read_mod_config(tmp_path / name) for name in "dc")
     assert alone.layers == shared.layers

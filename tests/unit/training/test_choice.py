@@ -1,0 +1,84 @@
+"""How far routers follow what requests differ in: the candidates, and which of them is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from router_tuning import choice
+from router_tuning.choice import best, choices
+from router_tuning.selection import Measured
+from vllm_mod.config import ConfigError
+
+LAYERS = (0, 1, 2, 3)
+
+
+def measured(number: int = 200) -> Measured:
+    """Requests with a level of their own, and layers that each prefer some; layer 3 is dear for all."""
+    inputs = torch.randn(number, 8, generator=torch.Generator().manual_seed(3))
+    logs = inputs[:, :1] + inputs[:, 1:5] / 2 - 4 + torch.tensor([0.0, 0.1, 0.2, 9.0])
+    order = torch.arange(number).flip(0)
+    return Measured(LAYERS, logs.double().exp(), torch.ones(number).double(), inputs[:, None].expand(-1, 4, -1), order)
+
+
+def test_every_candidate_skips_as_much() -> None:
+    found = choices(measured(), False, None, 2.0, 0.5)
+    assert [each.share for each in found] == [None, 0.0, 0.5, 1.0]
+    skipped = [each.skips(measured()) for each in found]
+    assert [float(skip.sum(1).double().mean()) for skip in skipped] == pytest.approx([2, 2, 2, 2], abs=0.02)
+    spread = [float(skip.sum(1).double().std()) for skip in skipped]
+    assert spread[0] == 0 and spread[1] < spread[2] < spread[3]
+    assert skipped[0][:, :2].all() and not any(skip[:, 3].any() for skip in skipped)
+
+
+def test_layers_that_were_named_are_all_that_skip() -> None:
+    for each in choices(measured(), False, [1, 3], None, 0.5):
+        assert each.layers == [1, 3] and each.kept == 0.5
+        skip = each.skips(measured())
+        assert not skip[:, [0, 2]].any() and float(skip.sum(1).double().mean()) == pytest.approx(1, abs=0.02)
+    assert all(each.layers == [0, 1] for each in choices(measured(), False, None, None, 0.5))
+
+
+def test_the_static_drop_alone_is_not_compared() -> None:
+    (only,) = choices(measured(), True, None, 2.0, 0.5)
+    assert only.share is None and best(None, [], measured(), [only]) is only
+    with pytest.raises(ConfigError, match=r"--skip 0\.4: hardly any request"):
+        choices(measured(), True, None, 0.4, 0.5)
+
+
+@pytest.mark.parametrize("cheapest", [0, 1, 2, 3])
+def test_what_costs_least_together_is_taken(
+    cheapest: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The static drop too; samples are those that were measured, each with its own decisions."""
+    samples = [{"input_ids": [number]} for number in range(200)]
+    found = choices(measured(), False, None, 2.0, 0.5)
+
+    def divergence(
+        model: Any, given: Sequence[Any], skips: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = [199 - sample["input_ids"][0] for sample in given]  # `order` of `measured`, backwards
+        assert len(rows) == 128 and all(
+            torch.equal(skip, each.skips(measured())[rows]) for skip, each in zip(skips, found, strict=True)
+        )
+        nats = torch.full((4, 128), 3.0, dtype=torch.float64)
+        nats[cheapest] = 2.0
+        return nats, torch.full((128,), 10.0, dtype=torch.float64)
+
+    monkeypatch.setattr(choice, "divergence", divergence)
+    assert best(None, samples, measured(), found) is found[cheapest]
+    said = capsys.readouterr().out
+    assert f"chosen: {found[cheapest]}" in said and "0.2000 (" in said and "0.3000 (" in said
+
+
+def test_a_drop_that_skips_less_than_was_asked_for_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a layer for everyone is none, which costs nothing."""
+    found = choices(measured(), False, [0, 1], None, 0.8)
+    assert not found[0].skips(measured()).any()
+    nats = torch.tensor([0.0, 3.0, 2.0, 4.0]).double()[:, None].expand(4, 128)
+    monkeypatch.setattr(choice, "divergence", lambda *_: (nats, torch.ones(128).double()))
+    samples = [{"input_ids": [number]} for number in range(200)]
+    assert best(None, samples, measured(), found).share == 0.5

@@ -1,0 +1,48 @@
+"""What a choice of skips costs together, against samples that are run alone with the same layers skipped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from router_tuning.data import IGNORED
+from router_tuning.model import attach_routers, given_prompts, load_base
+from router_tuning.patches import collate, fit_patches
+from router_tuning.routing import routing_of
+from router_tuning.together import divergence
+from tests.support.models import tiny_model
+from tests.unit.training.test_selection import answered
+from vllm_mod.config import ModConfig
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target", ["attn", "mlp", "block"])
+def test_each_request_skips_its_own(tmp_path: Path, target: str) -> None:
+    base = tiny_model(tmp_path / "base", "llama", num_hidden_layers=4)
+    samples = answered(20)
+    settings = {"version": 2, "granularity": f"{target}_sequence", "layers": [0, 2, 3], "window": 2, "threshold": 0.0}
+    config = ModConfig.parse(settings, "test")
+    model = load_base(base, torch.float32).eval()
+    attach_routers(model, config)
+    fit_patches(model, collate(samples, config, 2, 8, "test"), 2, tmp_path, True)
+    state = routing_of(model)
+    routers = dict(state.routers)
+    skip = torch.rand(20, 3, generator=torch.Generator().manual_seed(0)) < 0.5
+    nothing = torch.zeros_like(skip)
+    nats, tokens = divergence(model, samples, [skip, nothing], quiet=True)
+    assert state.cutoffs is None and state.routers == routers
+    assert nats[1].abs().max() < 1e-6 and (nats[0] > 1e-6).sum() > 10
+
+    def alone(sample: dict[str, object], skipped: list[bool]) -> torch.Tensor:
+        ids, labels = torch.tensor([sample["input_ids"]]), torch.tensor(sample["labels"])
+        state.cutoffs = tuple(float("inf") if off else float("-inf") for off in skipped)
+        with given_prompts(model, torch.arange(ids.shape[1])[None] < sample["prompt_len"]):
+            logits = model(ids, use_cache=False).logits[0, :-1]
+        return logits[labels[1:] != IGNORED].log_softmax(-1)
+
+    for number, sample in enumerate(samples):
+        dense, routed = alone(sample, [False] * 3), alone(sample, skip[number].tolist())
+        assert len(dense) == tokens[number]
+        assert float(nats[0, number]) == pytest.approx(float((dense.exp() * (dense - routed)).sum()), abs=1e-5)

@@ -1,0 +1,107 @@
+"""Which layers a request skips: a few ways to choose them from what was measured, and which is best together.
+
+Single costs do not add up: requests all of whose layers are cheap would skip most of them, and pay more for that than
+the others gain. How far routers should follow such differences depends on how much is skipped, so it is tried: from not
+at all over in part (see `cost_routers.moderated`) to fully, and the same layers for everyone beside them. What costs
+least, with all of it skipped, is taken; routers are therefore never worse than that static drop on their own samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_mod.config import ConfigError
+
+from .cost_routers import CostRouter, fit_router, moderated, price, spared
+from .selection import Measured, cheaper_half
+from .together import divergence
+
+#: Shares of what a request's layers have in common that routers may learn.
+SHARES = (0.0, 0.5, 1.0)
+#: Samples that choices are compared on.
+_COMPARED = 128
+#: A choice that skips less than this part of what was asked for is none: whole layers may be too coarse.
+_NEAR = 0.95
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Routers for some layers, and the price above which their predicted costs keep a layer."""
+
+    #: None: the same layers for everyone
+    share: float | None
+    layers: list[int]
+    #: of every layer that was measured
+    routers: Mapping[int, CostRouter]
+    log_price: float
+    #: kept ratio asked for, of `layers`
+    kept: float
+
+    def skips(self, measured: Measured) -> Tensor:
+        """bool `[N, layers measured]`, by predictions of fits that had not seen the sample."""
+        routed = torch.tensor([layer in self.layers for layer in measured.layers])
+        predicted = torch.stack([self.routers[layer].predicted for layer in measured.layers], 1)
+        return (predicted < self.log_price) & routed
+
+    def __str__(self) -> str:
+        if self.share is None:
+            return "the same layers for everyone"
+        return f"routed, {self.share:g} of what a request's layers have in common"
+
+
+def choices(
+    measured: Measured, static: bool, layers: list[int] | None, skip: float | None, kept: float
+) -> list[Choice]:
+    """The static one first. layers: those routed, or None for the cheaper half; skip: see `--skip`, which is in place
+    of layers and `kept`. Raises ConfigError where none skips anything.
+    """
+    found = []
+    for share in (None, *(() if static else SHARES)):
+        routers = _routers(measured, share)
+        if skip is None:
+            routed, ratio = layers or cheaper_half(measured.costs()), kept
+        else:
+            routed = spared(measured.layers, routers, skip)
+            ratio = max(1.0 - skip / len(routed), 0.0) if routed else 1.0
+        if routed:
+            log_price = price([routers[layer] for layer in routed], ratio)
+            found.append(Choice(share, routed, routers, log_price, ratio))
+    if not found:
+        raise ConfigError(f"--skip {skip:g}: hardly any request would skip a layer; a higher number is needed")
+    return found
+
+
+def _routers(measured: Measured, share: float | None) -> dict[int, CostRouter]:
+    nats = measured.nats if share is None else moderated(measured.nats, share)
+    ridges: dict[str, Any] = {"ridges": ()} if share is None else {}  # none is tried: nothing is learned
+    places = enumerate(measured.layers)
+    return {layer: fit_router(measured.inputs[:, place], nats[:, place], **ridges) for place, layer in places}
+
+
+def best(model: Any, samples: Sequence[Mapping[str, Any]], measured: Measured, found: Sequence[Choice]) -> Choice:
+    """The choice with the least KL to the dense model; says what each has. model: as `measure` leaves it."""
+    if len(found) == 1:
+        return found[0]
+    rows = torch.linspace(0, len(measured.sample) - 1, min(_COMPARED, len(measured.sample))).round().long()
+    skips = [choice.skips(measured)[rows] for choice in found]
+    nats, tokens = divergence(model, [samples[i] for i in measured.sample[rows].tolist()], skips)
+    mean = nats.sum(1) / tokens.sum()
+    # Of the ratio of two sums: how each sample's differs from what its tokens would make it.
+    errors = (nats - nats[:1] - (mean - mean[0])[:, None] * tokens).square().sum(1).sqrt() / tokens.sum()
+    print(f"nats per token, all of it skipped, on {len(rows)} requests, behind patches fitted on dense activations:")
+    asked = max(float((1.0 - choice.kept) * len(choice.layers)) for choice in found)
+    eligible = []
+    for place, (choice, skip) in enumerate(zip(found, skips, strict=True)):
+        skipped = float(skip.sum(1).double().mean())
+        against = "" if place == 0 else f", {mean[place] - mean[0]:+.4f} ± {errors[place]:.4f}"
+        print(f"  {mean[place]:.4f} ({skipped:.2f} layers skipped{against}) {choice}")
+        if float(choice.skips(measured).sum(1).double().mean()) >= _NEAR * asked:
+            eligible.append(place)
+    taken = min(eligible or range(len(found)), key=lambda place: float(mean[place]))
+    print(f"chosen: {found[taken]}")
+    return found[taken]
