@@ -106,10 +106,10 @@ def fingerprint(
     weights, data = hashlib.sha256(), hashlib.sha256()
     for name, tensor in model.state_dict().items():
         some = tensor.flatten()[:: max(tensor.numel() // _TOLD_BY, 1)].cpu()
-        weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {some.tolist()}".encode())
+        weights.update(f"{name} {tuple(tensor.shape)} {some.tolist()}".encode())
     for sample in samples:
         data.update(repr([list(sample[name]) for name in ("input_ids", "labels")] + [sample["prompt_len"]]).encode())
     return {
-        "model": weights.hexdigest(), "samples": data.hexdigest(),
+        "model": weights.hexdigest(), "precision": str(model.dtype), "samples": data.hexdigest(),
         "granularity": target, "window": str(window), "patch rank": str(rank),
     }  # fmt: skip

@@ -47,6 +47,11 @@ class FitArguments:
                   "--skip, --target-capacity or --static measures nothing again; default: beside --output, removed "
                   "at the end"},
     )  # fmt: skip
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "measure and fit in bf16; true or false; default: on a GPU, and on a CPU that multiplies in "
+                  "it if the base's weights are stored so; fp32 elsewhere"},
+    )  # fmt: skip
     max_samples: int = field(default=512, metadata={"help": "samples that patches are fitted on"})
     distilled_samples: int = field(
         default=0,

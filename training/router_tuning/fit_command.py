@@ -8,7 +8,6 @@ import torch
 
 from vllm_mod.checkpoint import write_checkpoint
 from vllm_mod.config import ConfigError, ModConfig
-from vllm_mod.files import CONFIG_FILE, read_json
 from vllm_mod.granularity import POLICIES
 
 from . import card
@@ -22,7 +21,7 @@ from .export import base_shape
 from .fit_arguments import FitArguments
 from .hub import local_model
 from .interrupt import deferred
-from .loading import measuring_dtype, on_best_device
+from .loading import fitting_dtype, on_best_device, stored_in_bf16
 from .model import attach_routers, load_base
 from .patch_record import PATCHES_FILE, PatchRecord
 from .patches import check_rank, collate, fit_patches, with_patch
@@ -57,9 +56,12 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
         raise ConfigError(
             f"--skip {args.skip:g}: the model has {shape.num_layers} layers; a number above 0 and below that is needed"
         )
+    dtype = fitting_dtype(base, args.bf16)
+    # Patches are served in the base's precision, so that more of theirs would be lost.
+    stored = torch.bfloat16 if stored_in_bf16(base) else torch.float32
     place = check_writable(Path(args.output), Path(args.output).absolute().parent)
     check_writable(_costs_path(args), _costs_path(args).absolute().parent)
-    model = on_best_device(load_base(base, measuring_dtype()).eval())
+    model = on_best_device(load_base(base, dtype).eval())
     costs = CostsFile(_costs_path(args), fingerprint(model, samples, target, window, args.patch_rank))
     with costs.named_on_interrupt():
         number, rank = args.measured_samples, args.patch_rank
@@ -70,7 +72,7 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
         report(measured.costs(), choice.layers)
         config = _config(args, measured, choice, window)
 
-        model = on_best_device(load_base(base, measuring_dtype()).eval())
+        model = on_best_device(load_base(base, dtype).eval())
         weights = {layer: choice.routers[layer].weight for layer in choice.layers}
         attach_routers(model, config, weights)
         batches = collate(samples, config, args.patch_rank, 16, ", ".join(args.data))
@@ -89,7 +91,7 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
                 with_patch(config, args.patch_rank),
                 weights,
                 records | {PATCHES_FILE: record.to_text()},
-                patches={layer: patch.tensors(_dtype(base)) for layer, patch in routing_of(model).patches.items()},
+                patches={layer: patch.tensors(stored) for layer, patch in routing_of(model).patches.items()},
             )
             card.write(output)
             if args.costs is None:
@@ -113,12 +115,6 @@ def _checked(args: FitArguments) -> tuple[str, int]:
     if args.target_capacity is not None and not 0 < args.target_capacity < 1:
         raise ConfigError(f"--target-capacity {args.target_capacity:g}: a number above 0 and below 1 is needed")
     return POLICIES[args.granularity].target, window
-
-
-def _dtype(base: Path) -> torch.dtype:
-    """Of the patches in the checkpoint: they are served in the base's own, so that more of theirs would be lost."""
-    config = read_json(base / CONFIG_FILE)
-    return torch.bfloat16 if config.get("dtype", config.get("torch_dtype")) == "bfloat16" else torch.float32
 
 
 def _config(args: FitArguments, measured: Measured, choice: Choice, window: int) -> ModConfig:

@@ -40,6 +40,22 @@ def measuring_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
+def stored_in_bf16(base: Path) -> bool:
+    config = read_json(base / CONFIG_FILE)
+    return bool(config.get("dtype", config.get("torch_dtype")) == "bfloat16")
+
+
+def fitting_dtype(base: Path, bf16: bool | None) -> torch.dtype:
+    """What `--bf16` says; where it says nothing bf16 on a GPU, and on a CPU that multiplies in it (twice as fast as in
+    float32) for a base whose weights have no more.
+    """
+    if bf16 is None:
+        cpu: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        native = any(cpu.get(name) for name in ("avx512_bf16", "amx_bf16"))
+        bf16 = torch.cuda.is_available() or (native and stored_in_bf16(base))
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 def load_routed(directory: Path, base: Path, config: ModConfig | None = None) -> Any:
     """The routed model of a directory (`base_of` gives `base`), in eval mode, on the GPU where there is one.
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from router_tuning import selection
 from router_tuning.cli import main
 from router_tuning.data import tokenize
+from router_tuning.loading import fitting_dtype
 from router_tuning.model import given_prompts, load_reference, routing_of
 from router_tuning.tokenizer import load_tokenizer
 from tests.support.models import tiny_model
@@ -96,6 +97,25 @@ def test_patches_are_written_as_they_are_served(data: Path, tmp_path: Path, dtyp
     assert {tensor.dtype for name, tensor in found.items() if "patch" in name} == {dtype}
     assert {tensor.dtype for name, tensor in found.items() if "patch" not in name} == {torch.float32}
     assert all(patch.up is not None for patch in routing_of(load_reference(tmp_path / "c")).patches.values())
+
+
+@pytest.mark.parametrize(
+    ("stored", "cpu", "more", "found"),
+    [
+        (torch.bfloat16, {"avx512_bf16": True}, None, torch.bfloat16),
+        (torch.bfloat16, {"amx_bf16": True}, False, torch.float32),
+        (torch.bfloat16, {"avx512_bf16": False}, None, torch.float32),
+        (torch.float32, {"avx512_bf16": True}, None, torch.float32),
+        (torch.float32, {}, True, torch.bfloat16),
+    ],
+)
+def test_bf16_where_it_is_fast_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: Any, cpu: Any, more: bool | None, found: Any
+) -> None:
+    base = tiny_model(tmp_path / "base", "llama", dtype=stored)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu, raising=False)
+    assert fitting_dtype(base, more) == found
 
 
 def test_patches_are_distilled_where_that_is_asked_for(
@@ -183,6 +203,7 @@ def test_measured_costs_serve_other_points(
         (["--window", "8"], "measured with another window"),
         (["--max-samples", "40", "--patch-rank", "3"], "measured with another samples, patch rank"),
         (["--granularity", "mlp_sequence"], "measured with another granularity"),
+        (["--bf16", "true"], "measured with another model, precision"),
     ]:
         assert main(words(base, data, tmp_path / "e", *kept, *more)) == 2
         error = capsys.readouterr().err
