@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,10 +14,10 @@ import yaml
 
 from vllm_mod.calibration import Calibration, read_calibration
 from vllm_mod.checkpoint import is_router_only, read_mod_config
-from vllm_mod.config import ConfigError, ModConfig
+from vllm_mod.config import ModConfig
 from vllm_mod.dial import ways_to_ask
 from vllm_mod.evaluation import Evaluation, Task, read_evaluation
-from vllm_mod.files import REFERENCE_COMMAND, read_json
+from vllm_mod.files import REFERENCE_COMMAND, read_json, replacing
 from vllm_mod.trainer_log import Data, Table, TrainerLog, read_log
 
 from . import patch_record
@@ -57,14 +56,8 @@ def write(directory: Path) -> None:
     directory = Path(directory)
     path = directory / CARD_FILE
     text = render(directory)
-    temporary = path.with_name(f".{CARD_FILE}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as (temporary,):
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def render(directory: Path) -> str:

@@ -1,0 +1,106 @@
+"""The results of `heldout` at several numbers of skipped layers on one page: a table and a picture of what skipping
+costs in nats per answer token, routed and by the static drops that it was compared with.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .lib.common import command_line, markdown_table, progress
+
+_UNITS = {"attn": "attentions", "mlp": "MLPs", "block": "layers"}
+
+
+def points(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row per system of a result but the dense one: nats are negative log-likelihood above dense's."""
+    rows = []
+    for name, row in record["quality"].items():
+        if name == "dense":
+            continue
+        ratio, above = row["ratio_to_dense"], row["ratio_to_routed"]
+        rows.append({
+            "name": name,
+            "skipped": row["sublayers_skipped"],
+            "nats": math.log(ratio), "error": row["ratio_to_dense_standard_error"] / ratio,
+            "kl": row["kl_to_dense"], "kl_error": row["kl_standard_error"],
+            "above": above - 1.0, "above_error": row["ratio_to_routed_standard_error"],
+            "same": row["same_token"],
+        })  # fmt: skip
+    return rows
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown, in order of what is skipped."""
+    header = [
+        "what is skipped", "system", "per request", "held-out requests", "nats above dense", "KL to dense",
+        "same likeliest token", "perplexity above routed",
+    ]  # fmt: skip
+    rows = []
+    for record in records:
+        unit = _unit(record)
+        for row in points(record):
+            routed = row["name"] == "routed"
+            rows.append([
+                unit, f"**{row['name']}**" if routed else row["name"], f"{row['skipped']:.1f}", record["samples"],
+                f"{row['nats']:.3f} ± {row['error']:.3f}", f"{row['kl']:.3f} ± {row['kl_error']:.3f}",
+                f"{row['same']:.1%}", "" if routed else f"{row['above']:.1%} ± {row['above_error']:.1%}",
+            ])  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def draw(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Nats and KL against skipped sublayers, an axis pair per kind of sublayer."""
+    from matplotlib.figure import Figure
+
+    units = list(dict.fromkeys(_unit(record) for record in records))
+    figure = Figure(figsize=(5 * len(units), 8), layout="constrained")
+    axes = figure.subplots(2, len(units), squeeze=False)
+    for column, unit in enumerate(units):
+        rows = [row for record in records if _unit(record) == unit for row in points(record)]
+        for below, (value, error, title) in enumerate(
+            (("nats", "error", "nats above dense, held-out answers"), ("kl", "kl_error", "KL to dense (nats)"))
+        ):
+            for name, colour in (("routed", "C0"), ("static drop, same patches", "C3")):
+                line = sorted((r for r in rows if (r["name"] == "routed") == (name == "routed")), key=_skipped)
+                x, y, e = ([row[key] for row in line] for key in ("skipped", value, error))
+                axes[below][column].errorbar(x, y, e, marker="o", capsize=3, color=colour, label=name)
+            axes[below][column].set(xlabel=f"{unit} skipped", ylabel=title)
+            axes[below][column].grid(alpha=0.3)
+            axes[below][column].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def _skipped(row: Mapping[str, Any]) -> float:
+    return float(row["skipped"])
+
+
+def _unit(record: Mapping[str, Any]) -> str:
+    return _UNITS[record["mod_config"]["granularity"].partition("_")[0]]
+
+
+def main() -> None:
+    parser = command_line("heldout_report", __doc__)
+    parser.add_argument("results", type=Path, nargs="+", help="files that `heldout` wrote")
+    parser.add_argument("--output", type=Path, required=True, help="a .md file; the picture goes beside it")
+    args = parser.parse_args()
+    records = [json.loads(path.read_text()) for path in args.results]
+    order = list(_UNITS.values())
+    records.sort(key=lambda record: (order.index(_unit(record)), record["quality"]["routed"]["sublayers_skipped"]))
+    picture = args.output.with_suffix(".png")
+    draw(records, picture)
+    args.output.write_text(
+        "# Quality on held-out answers\n\n"
+        f"Of {', '.join(f'`{path.name}`' for path in args.results)}, which have command, machine and versions.\n\n"
+        f"{table(records)}\n\n"
+        "± is the standard error over requests, of the paired difference where two systems are compared.\n\n"
+        f"![nats and KL against what is skipped]({picture.name})\n"
+    )
+    progress(f"written: {args.output}, {picture}")
+
+
+if __name__ == "__main__":
+    main()
