@@ -3,7 +3,8 @@
 Single costs do not add up: requests all of whose layers are cheap would skip most of them, and pay more for that than
 the others gain. How far routers should follow such differences depends on how much is skipped, so it is tried: from not
 at all over in part (see `cost_routers.moderated`) to fully, and the same layers for everyone beside them. What costs
-least, with all of it skipped, is taken; routers are therefore never worse than that static drop on their own samples.
+least, with all of it skipped, is taken; with the patches that costs were measured with, routers are therefore never
+worse than that static drop on their own samples.
 """
 
 from __future__ import annotations

@@ -33,8 +33,6 @@ from .selection import Measured, every_layer, measure, report
 _FEWEST = 16
 #: Kept ratio where none is asked for.
 _DEFAULT_KEPT = 0.5
-#: Patches are for requests that skip: a token of any other counts so much of one of theirs.
-_KEPT_WEIGHT = 0.1
 
 
 def fit(args: FitArguments, records: dict[str, str]) -> Path:
@@ -76,7 +74,7 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
         weights = {layer: choice.routers[layer].weight for layer in choice.layers}
         attach_routers(model, config, weights)
         batches = collate(samples, config, args.patch_rank, 16, ", ".join(args.data))
-        fitted = fit_patches(model, batches, args.patch_rank, place, kept_weight=_KEPT_WEIGHT)
+        fitted = fit_patches(model, batches, args.patch_rank, place)
         if args.distilled_samples:
             found = distill(model, samples[: args.distilled_samples])
             nats = f"{found.before:.4f} as fitted, {found.after:.4f} distilled"

@@ -2,7 +2,7 @@
 
 A layer's patch is fitted to the activations that it will have: upstream the routers have decided, or the sublayers are
 dropped for good, and patches that are fitted already stand in. All tokens that may skip count, whether supervised or
-not; those of a decision window never skip.
+not, those of requests that keep the layer less; those of a decision window never skip.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 PATCH_SAMPLES = 512
 #: Every tenth sample is held out to choose the ridge.
 HELD_OUT = 10
+#: Patches are for requests that skip: a token of any other counts so much of one of theirs.
+KEPT_WEIGHT = 0.1
 _MORE = "give more --data or --max-samples, or a lower rank"
 
 
@@ -85,7 +87,12 @@ def _may_skip(sample: Mapping[str, Any], config: ModConfig) -> int:
 
 
 def fit_patches(
-    model: Any, batches: Sequence[Batch], rank: int, directory: Path, quiet: bool = False, kept_weight: float = 1.0
+    model: Any,
+    batches: Sequence[Batch],
+    rank: int,
+    directory: Path,
+    quiet: bool = False,
+    kept_weight: float = KEPT_WEIGHT,
 ) -> dict[int, Fitted]:
     """Fit a patch for every routed layer of a model in evaluation mode, give it to the model, and return them all.
 

@@ -107,7 +107,7 @@ def _give_patches(
         for layer, patch in file.patches.items():
             give(routing_of(model), layer, patch, model)
         return
-    fit_patches(model, collate(samples, config, rank, 16, "--data"), rank, directory, quiet)
+    fit_patches(model, collate(samples, config, rank, 16, "--data"), rank, directory, quiet, 1.0)
     if file is not None:
         file.patches = {layer: patch.tensors() for layer, patch in routing_of(model).patches.items()}
         file.write()

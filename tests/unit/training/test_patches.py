@@ -44,8 +44,10 @@ def routed(mod: ModConfig, **options: Any) -> Any:
 
 
 def fitted(mod: ModConfig, rank: int, where: Path, batch_size: int = 6, **options: Any) -> tuple[Any, dict[int, Patch]]:
+    """All tokens count alike."""
     model = routed(mod, **options)
-    found = fit_patches(model, collate(some_samples(), mod, rank, batch_size, "data"), rank, where, quiet=True)
+    batches = collate(some_samples(), mod, rank, batch_size, "data")
+    found = fit_patches(model, batches, rank, where, quiet=True, kept_weight=1.0)
     return model, {layer: one.patch for layer, one in found.items()}
 
 
@@ -180,7 +182,7 @@ def test_the_model_is_as_it_was(tmp_path):
 def test_patches_that_were_there_are_not_looked_at(tmp_path):
     mod = config("attn_sequence")
     model, first = fitted(mod, 3, tmp_path)
-    again = fit_patches(model, collate(some_samples(), mod, 3, 6, "data"), 3, tmp_path, quiet=True)
+    again = fit_patches(model, collate(some_samples(), mod, 3, 6, "data"), 3, tmp_path, quiet=True, kept_weight=1.0)
     assert all(torch.equal(again[layer].patch.bias, first[layer].bias) for layer in ROUTED)
 
 
