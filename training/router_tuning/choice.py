@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vllm_mod.config import ConfigError
 
-from .cost_routers import CostRouter, fit_router, moderated, price, spared
+from .cost_routers import CostRouter, cut, fit_router, moderated, price, spared
 from .selection import Measured, cheaper_half
 from .together import divergence
 
@@ -43,11 +43,14 @@ class Choice:
     #: kept ratio asked for, of `layers`
     kept: float
 
-    def skips(self, measured: Measured) -> Tensor:
-        """bool `[N, layers measured]`, by predictions of fits that had not seen the sample."""
+    def skips(self, measured: Measured, rows: Tensor) -> Tensor:
+        """bool `[rows, layers measured]`, by predictions of fits that had not seen the sample.
+
+        At the price at which these rows keep what was asked for, so that choices skip alike on them.
+        """
         routed = torch.tensor([layer in self.layers for layer in measured.layers])
-        predicted = torch.stack([self.routers[layer].predicted for layer in measured.layers], 1)
-        return (predicted < self.log_price) & routed
+        predicted = torch.stack([self.routers[layer].predicted[rows] for layer in measured.layers], 1)
+        return (predicted < cut(predicted[:, routed], self.kept)) & routed
 
     def __str__(self) -> str:
         if self.share is None:
@@ -89,7 +92,7 @@ def best(model: Any, samples: Sequence[Mapping[str, Any]], measured: Measured, f
     if len(found) == 1:
         return found[0]
     rows = torch.linspace(0, len(measured.sample) - 1, min(_COMPARED, len(measured.sample))).round().long()
-    skips = [choice.skips(measured)[rows] for choice in found]
+    skips = [choice.skips(measured, rows) for choice in found]
     nats, tokens = divergence(model, [samples[i] for i in measured.sample[rows].tolist()], skips)
     mean = nats.sum(1) / tokens.sum()
     # Of the ratio of two sums: how each sample's differs from what its tokens would make it.
@@ -101,7 +104,7 @@ def best(model: Any, samples: Sequence[Mapping[str, Any]], measured: Measured, f
         skipped = float(skip.sum(1).double().mean())
         against = "" if place == 0 else f", {mean[place] - mean[0]:+.4f} ± {errors[place]:.4f}"
         print(f"  {mean[place]:.4f} ({skipped:.2f} layers skipped{against}) {choice}")
-        if float(choice.skips(measured).sum(1).double().mean()) >= _NEAR * asked:
+        if skipped >= _NEAR * asked:
             eligible.append(place)
     taken = min(eligible or range(len(found)), key=lambda place: float(mean[place]))
     print(f"chosen: {found[taken]}")

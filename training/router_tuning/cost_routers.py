@@ -82,7 +82,12 @@ def fit_router(inputs: Tensor, nats: Tensor, ridges: Sequence[float] = RIDGES) -
 
 def price(routers: Sequence[CostRouter], kept: float) -> float:
     """Log of the price at which the predicted costs keep this ratio of sample-layer pairs, or as near as ties allow."""
-    costs = torch.cat([router.predicted for router in routers]).sort().values
+    return cut(torch.cat([router.predicted for router in routers]), kept)
+
+
+def cut(costs: Tensor, kept: float) -> float:
+    """A value that this ratio of `costs` is not below, or as near as ties allow."""
+    costs = costs.flatten().sort().values
     skipped = round((1.0 - kept) * len(costs))
     if skipped == 0:
         return float(costs[0]) - 1.0
@@ -91,10 +96,10 @@ def price(routers: Sequence[CostRouter], kept: float) -> float:
     # Pairs that are equal go together: cut before or behind them, whichever is nearer.
     value = costs[skipped]
     first, behind = (int((costs < value).sum()), int((costs <= value).sum()))
-    cut = first if skipped - first <= behind - skipped else behind
-    if cut == 0:
+    place = first if skipped - first <= behind - skipped else behind
+    if place == 0:
         return float(costs[0]) - 1.0
-    return float(costs[-1]) + 1.0 if cut == len(costs) else float(costs[cut - 1] + costs[cut]) / 2
+    return float(costs[-1]) + 1.0 if place == len(costs) else float(costs[place - 1] + costs[place]) / 2
 
 
 def spared(layers: Sequence[int], routers: Mapping[int, CostRouter], skipped: float) -> list[int]:

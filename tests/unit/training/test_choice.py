@@ -14,6 +14,7 @@ from router_tuning.selection import Measured
 from vllm_mod.config import ConfigError
 
 LAYERS = (0, 1, 2, 3)
+EVERY = torch.arange(200)
 
 
 def measured(number: int = 200) -> Measured:
@@ -27,7 +28,7 @@ def measured(number: int = 200) -> Measured:
 def test_every_candidate_skips_as_much() -> None:
     found = choices(measured(), False, None, 2.0, 0.5)
     assert [each.share for each in found] == [None, 0.0, 0.5, 1.0]
-    skipped = [each.skips(measured()) for each in found]
+    skipped = [each.skips(measured(), EVERY) for each in found]
     assert [float(skip.sum(1).double().mean()) for skip in skipped] == pytest.approx([2, 2, 2, 2], abs=0.02)
     spread = [float(skip.sum(1).double().std()) for skip in skipped]
     assert spread[0] == 0 and spread[1] < spread[2] < spread[3]
@@ -37,7 +38,7 @@ def test_every_candidate_skips_as_much() -> None:
 def test_layers_that_were_named_are_all_that_skip() -> None:
     for each in choices(measured(), False, [1, 3], None, 0.5):
         assert each.layers == [1, 3] and each.kept == 0.5
-        skip = each.skips(measured())
+        skip = each.skips(measured(), EVERY)
         assert not skip[:, [0, 2]].any() and float(skip.sum(1).double().mean()) == pytest.approx(1, abs=0.02)
     assert all(each.layers == [0, 1] for each in choices(measured(), False, None, None, 0.5))
 
@@ -62,8 +63,10 @@ def test_what_costs_least_together_is_taken(
     ) -> tuple[torch.Tensor, torch.Tensor]:
         rows = [199 - sample["input_ids"][0] for sample in given]  # `order` of `measured`, backwards
         assert len(rows) == 128 and all(
-            torch.equal(skip, each.skips(measured())[rows]) for skip, each in zip(skips, found, strict=True)
+            torch.equal(skip, each.skips(measured(), torch.tensor(rows)))
+            for skip, each in zip(skips, found, strict=True)
         )
+        assert [float(skip.sum(1).double().mean()) for skip in skips] == pytest.approx([2] * 4, abs=0.02)
         nats = torch.full((4, 128), 3.0, dtype=torch.float64)
         nats[cheapest] = 2.0
         return nats, torch.full((128,), 10.0, dtype=torch.float64)
@@ -77,7 +80,7 @@ def test_what_costs_least_together_is_taken(
 def test_a_drop_that_skips_less_than_was_asked_for_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a layer for everyone is none, which costs nothing."""
     found = choices(measured(), False, [0, 1], None, 0.8)
-    assert not found[0].skips(measured()).any()
+    assert not found[0].skips(measured(), EVERY).any()
     nats = torch.tensor([0.0, 3.0, 2.0, 4.0]).double()[:, None].expand(4, 128)
     monkeypatch.setattr(choice, "divergence", lambda *_: (nats, torch.ones(128).double()))
     samples = [{"input_ids": [number]} for number in range(200)]
