@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from router_tuning.allocator import keep_freed_memory
 from router_tuning.hub import local_model
 from vllm_mod.checkpoint import read_mod_config
 from vllm_mod.config import ModConfig
@@ -78,6 +79,7 @@ def _rounded(sums: Tensor) -> list[float]:
 
 def main() -> None:
     args = arguments()
+    keep_freed_memory()
     args.model = local_model(args.model)
     config = read_mod_config(args.checkpoint)
     samples = held_out(args)
