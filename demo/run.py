@@ -68,7 +68,7 @@ def routed_checkpoint(model: str, data: str) -> Path:
     tune(model, data, tuned := OUTPUT / "tuned")
     if model != MODEL:
         return tuned
-    say("2/5 Serve the routers that come with the demo: fitted by the same command on twenty times the data")
+    say("2/5 Serve the routers that come with the demo: fitted by the same command on twenty times the requests")
     command("router-tuning", "export", "--model", model, "--routers", _short(ROUTERS), "--output", _short(CHECKPOINT))
     return CHECKPOINT
 
