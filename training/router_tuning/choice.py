@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vllm_mod.config import ConfigError
 
-from .cost_routers import CostRouter, cut, fit_router, moderated, price, spared
+from .cost_routers import RIDGES, CostRouter, cut, fit_router, moderated, price, spared
 from .selection import Measured, cheaper_half
 from .together import divergence
 
@@ -82,9 +82,9 @@ def choices(
 
 def _routers(measured: Measured, share: float | None) -> dict[int, CostRouter]:
     nats = measured.nats if share is None else moderated(measured.nats, share)
-    ridges: dict[str, Any] = {"ridges": ()} if share is None else {}  # none is tried: nothing is learned
+    ridges = () if share is None else RIDGES  # none is tried: nothing is learned
     places = enumerate(measured.layers)
-    return {layer: fit_router(measured.inputs[:, place], nats[:, place], **ridges) for place, layer in places}
+    return {layer: fit_router(measured.inputs[:, place], nats[:, place], ridges) for place, layer in places}
 
 
 def best(model: Any, samples: Sequence[Mapping[str, Any]], measured: Measured, found: Sequence[Choice]) -> Choice:

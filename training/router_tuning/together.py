@@ -19,11 +19,8 @@ from .selection import batches_of
 class _Decided(nn.Module):
     """In place of a router: it skips for the requests it is told to. Cutoffs must be 0."""
 
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1, hidden_size), requires_grad=False)
-        #: bool `[B]`
-        self.skip = torch.zeros(0, dtype=torch.bool)
+    #: bool `[B]`
+    skip: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """x: `[B, T, hidden]` -> scores `[B, T]`"""
@@ -36,9 +33,9 @@ def divergence(
 ) -> tuple[Tensor, Tensor]:
     """KL of the dense model's predictions to those of each choice, summed over a sample's answer tokens.
 
-    model: in evaluation mode, with routers (a threshold of 0.5 each) and whatever stands in for what is skipped. skips:
-    bool `[N, layers]` each, which of the model's routed layers a sample skips. Returns nats, float64 `[skips, N]`, and
-    answer tokens, float64 `[N]`. Costs one more forward than there are choices.
+    model: in evaluation mode, with routers, whose own decisions do not matter, and whatever stands in for what is
+    skipped. skips: bool `[N, layers]` each, which of the model's routed layers a sample skips. Returns nats, float64
+    `[skips, N]`, and answer tokens, float64 `[N]`. Costs one more forward than there are choices.
     """
     order = sorted(range(len(samples)), key=lambda i: len(samples[i]["input_ids"]))
     batches = batches_of([len(samples[i]["input_ids"]) for i in order])
@@ -46,7 +43,7 @@ def divergence(
     tokens = torch.zeros(len(samples), dtype=torch.float64)
     total = len(batches) * (len(skips) + 1)
     with (
-        _deciding(routing_of(model), model.config.hidden_size) as routers,
+        _deciding(routing_of(model)) as routers,
         tqdm(total=total, desc="skipped together", unit="forward", disable=True if quiet else None) as progress,
     ):
         for places in batches:
@@ -70,10 +67,10 @@ def divergence(
 
 
 @contextlib.contextmanager
-def _deciding(state: ModelRouting, hidden_size: int) -> Iterator[list[_Decided]]:
+def _deciding(state: ModelRouting) -> Iterator[list[_Decided]]:
     """While it lasts, every routed layer does as it is told."""
     own = dict(state.routers)
-    told = {layer: _Decided(hidden_size) for layer in state.config.layers}
+    told = {layer: _Decided() for layer in state.config.layers}
     state.routers.update(told)  # type: ignore[arg-type]
     state.cutoffs = tuple(0.0 for _ in told)
     try:
