@@ -18,14 +18,14 @@ from torch import Tensor
 
 from vllm_mod.config import ConfigError
 
-from .cost_routers import RIDGES, CostRouter, cut, fit_router, moderated, price, spared
+from .cost_routers import RIDGES, CostRouter, Inputs, cut, fit_router, moderated, price, spared
 from .selection import Measured, cheaper_half
 from .together import divergence
 
 #: Shares of what a request's layers have in common that routers may learn.
 SHARES = (0.0, 0.5, 1.0)
-#: Samples that choices are compared on.
-_COMPARED = 128
+#: Samples that choices are compared on: a quarter of those measured, but no fewer and no more than these numbers.
+_FEWEST_COMPARED, _MOST_COMPARED = 128, 512
 #: A choice that skips less than this part of what was asked for is none: whole layers may be too coarse.
 _NEAR = 0.95
 
@@ -65,8 +65,9 @@ def choices(
     of layers and `kept`. Raises ConfigError where none skips anything.
     """
     found = []
+    inputs = [Inputs.of(measured.inputs[:, place]) for place in range(len(measured.layers))]
     for share in (None, *(() if static else SHARES)):
-        routers = _routers(measured, share)
+        routers = _routers(measured, inputs, share)
         if skip is None:
             routed, ratio = layers or cheaper_half(measured.costs()), kept
         else:
@@ -80,18 +81,20 @@ def choices(
     return found
 
 
-def _routers(measured: Measured, share: float | None) -> dict[int, CostRouter]:
+def _routers(measured: Measured, inputs: Sequence[Inputs], share: float | None) -> dict[int, CostRouter]:
     nats = measured.nats if share is None else moderated(measured.nats, share)
     ridges = () if share is None else RIDGES  # none is tried: nothing is learned
     places = enumerate(measured.layers)
-    return {layer: fit_router(measured.inputs[:, place], nats[:, place], ridges) for place, layer in places}
+    return {layer: fit_router(inputs[place], nats[:, place], ridges) for place, layer in places}
 
 
 def best(model: Any, samples: Sequence[Mapping[str, Any]], measured: Measured, found: Sequence[Choice]) -> Choice:
     """The choice with the least KL to the dense model; says what each has. model: as `measure` leaves it."""
     if len(found) == 1:
         return found[0]
-    rows = torch.linspace(0, len(measured.sample) - 1, min(_COMPARED, len(measured.sample))).round().long()
+    number = len(measured.sample)
+    compared = min(max(number // 4, _FEWEST_COMPARED), _MOST_COMPARED, number)
+    rows = torch.linspace(0, number - 1, compared).round().long()
     skips = [choice.skips(measured, rows) for choice in found]
     nats, tokens = divergence(model, [samples[i] for i in measured.sample[rows].tolist()], skips)
     mean = nats.sum(1) / tokens.sum()

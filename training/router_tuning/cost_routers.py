@@ -50,31 +50,55 @@ def moderated(nats: Tensor, share: float) -> Tensor:
     return (logs - (1.0 - share) * (level - level.mean())).exp()
 
 
-def fit_router(inputs: Tensor, nats: Tensor, ridges: Sequence[float] = RIDGES) -> CostRouter:
-    """inputs: `[N, hidden]`, nats: `[N]`. At least 3 samples."""
-    x, y = inputs.double(), nats.double().clamp(min=_FLOOR).log()
-    mean_x, mean_y, number = x.mean(0), y.mean(), len(y)
-    centred, target = x - mean_x, y - mean_y
-    gram = centred @ centred.T
-    values, vectors = torch.linalg.eigh(gram)
-    unit = values.clamp(min=0).mean()
+@dataclass(frozen=True)
+class Inputs:
+    """What a router sees of the samples, `[N, hidden]` float64 about its mean, and its principal directions."""
+
+    mean: Tensor
+    centred: Tensor
+    #: of the samples' Gram matrix: eigenvalues `[k]`, above zero, and eigenvectors `[N, k]`
+    values: Tensor
+    vectors: Tensor
+
+    @classmethod
+    def of(cls, inputs: Tensor) -> Inputs:
+        """inputs: `[N, hidden]`, of any float type. One eigendecomposition of the smaller of the two sides."""
+        mean = inputs.double().mean(0)
+        centred = inputs.double() - mean
+        if len(centred) <= centred.shape[1]:
+            values, vectors = torch.linalg.eigh(centred @ centred.T)
+        else:
+            values, directions = torch.linalg.eigh(centred.T @ centred)
+            vectors = centred @ directions / values.clamp(min=1e-300).sqrt()
+        there = values > values[-1].clamp(min=0) * 1e-12
+        return cls(mean, centred, values[there], vectors[:, there])
+
+
+def fit_router(inputs: Inputs, nats: Tensor, ridges: Sequence[float] = RIDGES) -> CostRouter:
+    """nats: `[N]`. At least 3 samples."""
+    y = nats.double().clamp(min=_FLOOR).log()
+    mean_y, number = y.mean(), len(y)
+    target, values, vectors = y - mean_y, inputs.values, inputs.vectors
+    unit = values.sum() / number
     alone = target * number / (number - 1)  # the mean of the others is as good a guess as any
     # What the mean predicts is the same for all, so that such a layer is kept by all or by none.
-    best, weight, left = float(alone.square().sum()), torch.zeros_like(mean_x), target
+    best, weight, left = float(alone.square().sum()), torch.zeros_like(inputs.mean), target
     for ridge in ridges if unit > 0 else ():
-        shrunk = values.clamp(min=0) / (values.clamp(min=0) + ridge * unit)
-        hat = (vectors * shrunk) @ vectors.T + 1.0 / number
-        residual = (target - (hat @ target)) / (1.0 - hat.diagonal()).clamp(min=1e-9)
+        shrunk = values / (values + ridge * unit)
+        along = vectors.T @ target
+        # Of the hat matrix, what is fitted and the diagonal; its 1 / number adds nothing to a target of mean zero.
+        residual = target - vectors @ (shrunk * along)
+        residual /= (1.0 - vectors.square() @ shrunk - 1.0 / number).clamp(min=1e-9)
         if float(residual.square().sum()) < best:
-            inverse = (vectors / (values.clamp(min=0) + ridge * unit)) @ vectors.T
-            best, weight, left = float(residual.square().sum()), centred.T @ (inverse @ target), residual
+            weight = inputs.centred.T @ (vectors @ (along / (values + ridge * unit)))
+            best, left = float(residual.square().sum()), residual
     predicted = y - left
     # The mean of a log is not the log of the mean: shifted so that predicted costs add up to the measured ones.
     shift = float(nats.double().mean().clamp(min=_FLOOR).log() - predicted.exp().mean().log())
     weight = weight.float()
     return CostRouter(
         weight[None],
-        float(mean_y - weight.double() @ mean_x) + shift,
+        float(mean_y - weight.double() @ inputs.mean) + shift,
         predicted + shift,
         1.0 - best / max(float(alone.square().sum()), 1e-300),
     )

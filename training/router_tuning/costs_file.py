@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from vllm_mod.tensors import Patch
 
 #: Numbers of a parameter that tell it from another one's.
 _TOLD_BY = 64
+#: Seconds of measuring that a killed process may lose.
+_AT_RISK = 30.0
 #: Before the names of patches' tensors.
 _PATCH = "patch."
 
@@ -52,6 +55,7 @@ class CostsFile:
         self.rows: Rows | None = None
         #: per layer; empty where none were fitted
         self.patches: dict[int, Patch] = {}
+        self._written = time.monotonic()
         if path.exists():
             self._read()
 
@@ -82,13 +86,20 @@ class CostsFile:
         with replacing(self.path) as (temporary,):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, temporary, metadata=self.belongs_to)
+        self._written = time.monotonic()
+
+    def write_now_and_then(self) -> None:
+        """What is known by now, unless it was written a moment ago: the file grows with what was measured."""
+        if time.monotonic() - self._written >= _AT_RISK:
+            self.write()
 
     @contextlib.contextmanager
     def named_on_interrupt(self) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt:
-            if self.path.exists():
+            if self.rows is not None or self.patches:
+                self.write()
                 number = 0 if self.rows is None else len(self.rows.sample)
                 print(
                     f"costs of {number} samples are in {self.path}; the same command goes on from it", file=sys.stderr

@@ -160,15 +160,16 @@ def tokenize(
     return Dataset.from_list(samples), counts
 
 
-def calibration_samples(args: Any, base: Path) -> tuple[list[dict[str, Any]], Counts]:
+def calibration_samples(args: Any, base: Path, seed: int = 0) -> tuple[list[dict[str, Any]], Counts]:
     """What patches are fitted on and sublayers chosen by: samples without what training holds out.
 
-    args: `data`, `eval_fraction`, `max_samples` and `max_length`. Raises ConfigError where no sample is usable.
+    args: `data`, `eval_fraction`, `max_samples` and `max_length`. seed: which rows, in which order. Raises ConfigError
+    where no sample is usable.
     """
     if not 0 <= args.eval_fraction < 1:
         raise ConfigError(f"--eval-fraction {args.eval_fraction:g}: a number from 0 to below 1 is needed")
-    rows, _ = split_tail(read_sources(args.data), args.eval_fraction)
-    samples, counts = tokenize(rows, load_tokenizer(base), args.max_length, args.max_samples)
+    rows, _ = split_tail(read_sources(args.data), args.eval_fraction, seed)
+    samples, counts = tokenize(rows, load_tokenizer(base), args.max_length, args.max_samples, seed)
     log.info("calibration data: %s", counts)
     if not counts.used:
         raise ConfigError(f"{', '.join(args.data)}: no usable calibration sample ({counts})")

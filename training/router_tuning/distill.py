@@ -40,27 +40,29 @@ class Distilled:
     steps: int
 
 
-def distill(model: Any, samples: Sequence[Mapping[str, Any]], rate: float = RATE, quiet: bool = False) -> Distilled:
-    """One pass over `samples`, but for every tenth: these say whether it helped; if not, patches stay as they were.
+def distill(
+    model: Any, samples: Sequence[Mapping[str, Any]], passes: int = 1, rate: float = RATE, quiet: bool = False
+) -> Distilled:
+    """Passes over `samples`, but for every tenth: these say whether it helped; if not, patches stay as they were.
 
-    model: routed, not static, in evaluation mode, with patches; its parameters are frozen. Costs about three forward
-    passes. Raises ConfigError where a loss is not finite.
+    model: routed, not static, in evaluation mode, with patches; its parameters are frozen. A pass costs about three
+    forwards. Raises ConfigError where a loss is not finite.
     """
     state = routing_of(model)
     model.requires_grad_(False)
     parameters = [parameter for patch in state.patches.values() for parameter in patch.parameters()]
     held_out, rest = _batches(samples[::HELD_OUT]), _batches([s for i, s in enumerate(samples) if i % HELD_OUT])
-    random.Random(0).shuffle(rest)
+    steps = [batch for number in range(passes) for batch in random.Random(number).sample(rest, len(rest))]
     fitted = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.Adam(parameters, lr=rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(rest))
-    progress = tqdm(total=len(rest) + 2 * len(held_out), desc="distilling patches", disable=True if quiet else None)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(steps))
+    progress = tqdm(total=len(steps) + 2 * len(held_out), desc="distilling patches", disable=True if quiet else None)
     with progress:
         before = _mean(model, held_out, progress)
         for parameter in parameters:
             parameter.requires_grad_(True)
         try:
-            for batch in rest:
+            for batch in steps:
                 loss = _divergences(model, batch).mean()
                 if not loss.isfinite():
                     raise ConfigError("distilling: the loss is not finite; the base model overflows on these samples")
@@ -76,7 +78,7 @@ def distill(model: Any, samples: Sequence[Mapping[str, Any]], rate: float = RATE
                 parameter.requires_grad_(False)
         after = _mean(model, held_out, progress)
     if after < before:
-        return Distilled(before, after, len(rest))
+        return Distilled(before, after, len(steps))
     for parameter, value in zip(parameters, fitted, strict=True):
         parameter.data.copy_(value)
     return Distilled(before, before, 0)

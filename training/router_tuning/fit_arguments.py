@@ -58,10 +58,12 @@ class FitArguments:
         metadata={"help": "samples, of --max-samples, on which the fitted patches are then brought nearer to the dense "
                   "model's predictions; 0: none"},
     )  # fmt: skip
+    distilled_passes: int = field(default=1, metadata={"help": "times that each of these is gone over"})
     max_length: int = field(default=512, metadata={"help": "tokens of a sample; longer ones are truncated"})
     eval_fraction: float = field(
         default=0.02, metadata={"help": "leave out the last part of every file, for evaluation; 0: all rows"}
     )
+    seed: int = field(default=0, metadata={"help": "which of the rows are taken, and in which order"})
 
     def __post_init__(self) -> None:
         self.layers = None if self.layers == ["auto"] else self.layers

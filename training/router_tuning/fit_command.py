@@ -24,7 +24,7 @@ from .interrupt import deferred
 from .loading import fitting_dtype, on_best_device, stored_in_bf16
 from .model import attach_routers, load_base
 from .patch_record import PATCHES_FILE, PatchRecord
-from .patches import check_rank, collate, fit_patches, with_patch
+from .patches import batch_size, check_rank, collate, fit_patches, with_patch
 from .preflight import check_vocabulary, check_writable
 from .routing import routing_of
 from .selection import Measured, every_layer, measure, report
@@ -44,7 +44,7 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
     named = None if args.layers is None else list(make_mod_config(args, shape).layers)
     check_rank(args.patch_rank, every_layer(shape, target, window), shape.hidden_size, "--patch-rank")
     check_sources(args.data)
-    samples, counts = calibration_samples(args, base)
+    samples, counts = calibration_samples(args, base, args.seed)
     check_vocabulary(base, samples)
     if len(samples) < _FEWEST:
         raise ConfigError(f"{', '.join(args.data)}: {len(samples)} usable samples; {_FEWEST} are needed")
@@ -73,11 +73,11 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
         model = on_best_device(load_base(base, dtype).eval())
         weights = {layer: choice.routers[layer].weight for layer in choice.layers}
         attach_routers(model, config, weights)
-        batches = collate(samples, config, args.patch_rank, 16, ", ".join(args.data))
+        batches = collate(samples, config, args.patch_rank, batch_size(model, samples), ", ".join(args.data))
         fitted = fit_patches(model, batches, args.patch_rank, place)
         if args.distilled_samples:
-            found = distill(model, samples[: args.distilled_samples])
-            nats = f"{found.before:.4f} as fitted, {found.after:.4f} distilled"
+            nearer = distill(model, samples[: args.distilled_samples], args.distilled_passes)
+            nats = f"{nearer.before:.4f} as fitted, {nearer.after:.4f} distilled"
             print(f"KL to the dense model on held-out answers: {nats}")
         command = next(iter(records["train_command.txt"].splitlines()))
         record = PatchRecord.of(fitted, args.patch_rank, command, args.data, len(samples), counts.to_dict())

@@ -35,6 +35,8 @@ PATCH_SAMPLES = 512
 HELD_OUT = 10
 #: Patches are for requests that skip: a token of any other counts so much of one of theirs.
 KEPT_WEIGHT = 0.1
+#: Samples of a forward; on a GPU, which a few may leave idle, as many as have no more tokens than these.
+_TOGETHER, _GPU_TOKENS = 16, 32768
 _MORE = "give more --data or --max-samples, or a lower rank"
 
 
@@ -51,6 +53,13 @@ def with_patch(config: ModConfig, rank: int | None) -> ModConfig:
     data = {key: value for key, value in config.to_dict().items() if key != "patch"}
     more = {} if rank is None else {"version": 2, "patch": {"rank": rank}}
     return ModConfig.parse(data | more, "mod_config")
+
+
+def batch_size(model: Any, samples: Sequence[Mapping[str, Any]]) -> int:
+    """For `collate`."""
+    if model.device.type != "cuda":
+        return _TOGETHER
+    return max(_GPU_TOKENS // max(len(sample["input_ids"]) for sample in samples), 1)
 
 
 def collate(

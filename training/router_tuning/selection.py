@@ -27,7 +27,7 @@ from .costs_file import CostsFile, Rows
 from .data import Collator
 from .layerwise import Batch, answer_predictions, divergences, supervised
 from .model import attach_routers, decoder_layers, load_base
-from .patches import collate, fit_patches, give
+from .patches import batch_size, collate, fit_patches, give
 from .preflight import check_writable
 from .records import read_state
 from .routing import routing_of
@@ -40,6 +40,8 @@ SAMPLES = 32
 _PATCH_SAMPLES = 128
 #: Tokens of a forward, padding included: predictions over the whole vocabulary are held for all of them, twice.
 _TOKENS = 2048
+#: On a GPU, which a forward of so few may leave idle: more, as long as predictions have no more numbers than these.
+_GPU_PREDICTIONS = 2**28
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,9 @@ def _give_patches(
         for layer, patch in file.patches.items():
             give(routing_of(model), layer, patch, model)
         return
-    fit_patches(model, collate(samples, config, rank, 16, "--data"), rank, directory, quiet, 1.0)
+    fit_patches(
+        model, collate(samples, config, rank, batch_size(model, samples), "--data"), rank, directory, quiet, 1.0
+    )
     if file is not None:
         file.patches = {layer: patch.tensors() for layer, patch in routing_of(model).patches.items()}
         file.write()
@@ -119,7 +123,7 @@ def _measure(
     """What `file` has, and the samples that it lacks."""
     found = None if file is None else file.rows
     order = sorted(missing, key=lambda i: len(samples[i]["input_ids"]))
-    batches = batches_of([len(samples[i]["input_ids"]) for i in order])
+    batches = batches_of([len(samples[i]["input_ids"]) for i in order], tokens_of_a_forward(model))
     total = len(batches) * (len(routing_of(model).config.layers) + 1)
     with tqdm(
         total=total, desc="layer costs", unit="forward", disable=True if quiet or not missing else None
@@ -135,16 +139,23 @@ def _measure(
             found = rows if found is None else found + rows
             if file is not None:
                 file.rows = found
-                file.write()
+                file.write_now_and_then()
+    if file is not None and missing:
+        file.write()
     assert found is not None
     return found
 
 
-def batches_of(lengths: Sequence[int]) -> list[list[int]]:
-    """Places of ascending lengths, so many together as `_TOKENS` allows when padded to the longest; at least one."""
+def tokens_of_a_forward(model: Any) -> int:
+    """For `batches_of`."""
+    return max(_GPU_PREDICTIONS // model.config.vocab_size, _TOKENS) if model.device.type == "cuda" else _TOKENS
+
+
+def batches_of(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Places of ascending lengths, no more than `tokens` together when padded to the longest; at least one place."""
     batches: list[list[int]] = []
     for place, length in enumerate(lengths):
-        if batches and (len(batches[-1]) + 1) * length <= _TOKENS:
+        if batches and (len(batches[-1]) + 1) * length <= tokens:
             batches[-1].append(place)
         else:
             batches.append([place])

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from .data import Collator
 from .layerwise import answer_predictions, divergences, supervised
 from .routing import ModelRouting, routing_of
-from .selection import batches_of
+from .selection import batches_of, tokens_of_a_forward
 
 
 class _Decided(nn.Module):
@@ -38,7 +38,7 @@ def divergence(
     `[skips, N]`, and answer tokens, float64 `[N]`. Costs one more forward than there are choices.
     """
     order = sorted(range(len(samples)), key=lambda i: len(samples[i]["input_ids"]))
-    batches = batches_of([len(samples[i]["input_ids"]) for i in order])
+    batches = batches_of([len(samples[i]["input_ids"]) for i in order], tokens_of_a_forward(model))
     nats = torch.zeros(len(skips), len(samples), dtype=torch.float64)
     tokens = torch.zeros(len(samples), dtype=torch.float64)
     total = len(batches) * (len(skips) + 1)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router_tuning.cost_routers import CostRouter, fit_router, moderated, price, saving
+from router_tuning.cost_routers import CostRouter, Inputs, fit_router, moderated, price, saving
 from router_tuning.selection import Measured
 
 
@@ -20,19 +20,21 @@ def planted(number: int, hidden: int = 12, noise: float = 0.1) -> tuple[torch.Te
 
 def test_a_planted_cost_is_found_and_its_level_too() -> None:
     inputs, nats, weight = planted(200)
-    router = fit_router(inputs, nats)
+    router = fit_router(Inputs.of(inputs), nats)
     assert torch.cosine_similarity(router.weight[0], weight, dim=0) > 0.98 and router.explained > 0.95
     score = (inputs @ router.weight[0]).double() + router.offset
     assert float(score.exp().sum()) == pytest.approx(float(nats.sum()), rel=0.05)
     assert float(router.predicted.exp().mean()) == pytest.approx(float(nats.mean()), rel=1e-9)
 
 
+@pytest.mark.parametrize("hidden", [12, 40])
 @pytest.mark.parametrize("ridge", [0.1, 3.0])
-def test_predictions_are_of_fits_that_had_not_seen_the_sample(ridge: float) -> None:
-    """Every sample is really left out, and the ridge regression solved again in the primal."""
-    inputs, nats, _ = planted(20)
+def test_predictions_are_of_fits_that_had_not_seen_the_sample(ridge: float, hidden: int) -> None:
+    """Every sample is really left out, and the ridge regression solved again in the primal; with more samples than
+    numbers in an input, and with fewer."""
+    inputs, nats, _ = planted(20, hidden)
     y = nats.log()
-    found = fit_router(inputs, nats, [ridge])
+    found = fit_router(Inputs.of(inputs), nats, [ridge])
     centred = inputs.double() - inputs.double().mean(0)
     unit = torch.linalg.eigvalsh(centred @ centred.T).clamp(min=0).mean()
     shifts = []
@@ -40,7 +42,7 @@ def test_predictions_are_of_fits_that_had_not_seen_the_sample(ridge: float) -> N
         rest = [i for i in range(20) if i != left]
         x, mean, level = inputs[rest].double(), inputs[rest].double().mean(0), y[rest].mean()
         x = x - mean
-        weight = torch.linalg.solve(x.T @ x + ridge * unit * torch.eye(12), x.T @ (y[rest] - level))
+        weight = torch.linalg.solve(x.T @ x + ridge * unit * torch.eye(hidden), x.T @ (y[rest] - level))
         direct = level + (inputs[left].double() - mean) @ weight
         shifts.append(float(found.predicted[left] - direct))
     assert shifts == pytest.approx([shifts[0]] * 20, abs=1e-6)  # one shift of the level for all
@@ -51,10 +53,10 @@ def test_what_cannot_be_learned_is_the_static_order() -> None:
     draws = torch.Generator().manual_seed(0)
     inputs = torch.randn(40, 30, generator=draws)
     nats = (torch.randn(40, generator=draws) * 0.3 - 3).double().exp()
-    router = fit_router(inputs, nats)
+    router = fit_router(Inputs.of(inputs), nats)
     assert not router.weight.any() and router.explained == 0
     assert router.offset == pytest.approx(float(nats.mean().log()), abs=0.02)
-    same = fit_router(torch.ones(40, 30), nats)  # inputs that do not differ at all
+    same = fit_router(Inputs.of(torch.ones(40, 30)), nats)  # inputs that do not differ at all
     assert not same.weight.any()
 
 
@@ -78,7 +80,7 @@ def test_savings_lie_between_the_oracle_and_the_static_drop() -> None:
     inputs = torch.randn(100, 2, 5, generator=draws)
     nats = torch.stack([inputs[:, 0, 0], -inputs[:, 1, 1]], 1).double().exp()
     measured = Measured((3, 7), nats, torch.ones(100).double(), inputs, torch.arange(100))
-    routers = [fit_router(inputs[:, place], nats[:, place]) for place in (0, 1)]
+    routers = [fit_router(Inputs.of(inputs[:, place]), nats[:, place]) for place in (0, 1)]
     worth = saving(measured, routers, (0, 1), price(routers, 0.5))
     assert worth.oracle <= worth.routed < 0.7 * worth.static
     zero = [CostRouter(torch.zeros(1, 5), 0.0, nats[:, p].mean().log().expand(100), 0.0) for p in (0, 1)]
@@ -103,7 +105,7 @@ def test_what_is_worth_skipping_does_not_hang_on_the_request_alone() -> None:
     logs = inputs[:, :1] + inputs[:, 1:7] / 2 - 4
     spreads = []
     for nats in (logs.exp(), moderated(logs.exp(), 0.5)):
-        routers = [fit_router(inputs, nats[:, layer]) for layer in range(6)]
+        routers = [fit_router(Inputs.of(inputs), nats[:, layer]) for layer in range(6)]
         limit = price(routers, 0.5)
         spreads.append(float(torch.stack([r.predicted < limit for r in routers], 1).sum(1).double().std()))
     assert spreads[1] < 0.9 * spreads[0]

@@ -10,7 +10,7 @@ import torch
 
 from router_tuning.distill import distill
 from router_tuning.model import attach_routers, load_base
-from router_tuning.patches import collate, fit_patches
+from router_tuning.patches import collate, fit_patches, give
 from router_tuning.routing import routing_of
 from tests.support.models import tiny_model
 from vllm_mod.config import ConfigError, ModConfig
@@ -60,6 +60,16 @@ def test_predictions_come_nearer_and_nothing_else_changes(fitted: Any) -> None:
         assert not torch.equal(patch.tensors().bias, patches[layer].bias)
         assert not any(parameter.requires_grad for parameter in patch.parameters())
     assert routing_of(fitted).cutoffs is None
+
+
+def test_more_passes_are_more_steps_and_come_nearer(fitted: Any) -> None:
+    state = routing_of(fitted)
+    patches = {i: patch.tensors() for i, patch in state.patches.items()}
+    once = distill(fitted, samples(), quiet=True)
+    for layer, patch in patches.items():
+        give(state, layer, patch, fitted)
+    often = distill(fitted, samples(), passes=6, quiet=True)
+    assert often.before == once.before and often.steps == 6 * once.steps and often.after < once.after
 
 
 def test_what_gains_nothing_is_taken_back(fitted: Any) -> None:

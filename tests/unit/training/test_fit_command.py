@@ -6,17 +6,19 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from router_tuning import selection
+from router_tuning import costs_file, selection
 from router_tuning.cli import main
 from router_tuning.data import tokenize
 from router_tuning.loading import fitting_dtype
 from router_tuning.model import given_prompts, load_reference, routing_of
+from router_tuning.patches import batch_size
 from router_tuning.tokenizer import load_tokenizer
 from tests.support.models import tiny_model
 from vllm_mod.checkpoint import read_mod_config
@@ -177,6 +179,38 @@ def test_an_interrupted_measurement_goes_on(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "whole"]
     whole, resumed = (load_file(tmp_path / name / "routers.safetensors") for name in ("whole", "c"))
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_what_was_measured_is_written_now_and_then(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole file each time, so not after each forward: a killed process loses half a minute."""
+    written: list[int] = []
+    inner = costs_file.CostsFile.write
+
+    def noted(self: costs_file.CostsFile) -> None:
+        inner(self)
+        written.append(0 if self.rows is None else len(self.rows.sample))
+
+    clock = iter(range(0, 10**6, 11))  # every look is 11 seconds later
+    monkeypatch.setattr(costs_file.CostsFile, "write", noted)
+    monkeypatch.setattr(costs_file.time, "monotonic", lambda: float(next(clock)))
+    numbers = measuring(monkeypatch)
+    assert main(words(base, data, tmp_path / "c")) == 0
+    seen = [sum(numbers[: place + 1]) for place in range(len(numbers))]
+    assert len(numbers) > 6 and written == [0, *seen[2::3], len(ROWS)]  # patches first, all of it last
+
+
+def test_a_gpu_is_given_more_at_once_but_no_more_than_it_holds() -> None:
+    def model(kind: str, vocabulary: int) -> Any:
+        return SimpleNamespace(device=torch.device(kind), config=SimpleNamespace(vocab_size=vocabulary))
+
+    assert [selection.tokens_of_a_forward(model("cpu", size)) for size in (32, 256_000)] == [2048, 2048]
+    assert selection.tokens_of_a_forward(model("cuda", 49_152)) == 5461
+    assert selection.tokens_of_a_forward(model("cuda", 256_000)) == 2048
+    samples = [{"input_ids": [0] * length} for length in (10, 256, 30)]
+    assert (batch_size(model("cpu", 32), samples), batch_size(model("cuda", 32), samples)) == (16, 128)
+    assert batch_size(model("cuda", 32), [{"input_ids": [0] * 100_000}]) == 1
 
 
 def test_measured_costs_serve_other_points(
