@@ -10,6 +10,7 @@ ratios are those of paired differences, over samples.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from router_tuning.allocator import keep_freed_memory
 from router_tuning.hub import local_model
+from router_tuning.patches import with_patch
 from vllm_mod.checkpoint import read_mod_config
 from vllm_mod.config import ModConfig
 
@@ -50,6 +52,9 @@ def arguments() -> argparse.Namespace:
         "--others", type=Path, nargs="*", default=[], help="further checkpoints of the same base, by their directory"
     )
     parser.add_argument("--static-layers", type=int, nargs="*", default=[], help="layers to drop, to compare with")
+    parser.add_argument(
+        "--without-patches", action="store_true", help="measure every checkpoint with nothing in place of what it skips"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS / "heldout/result.json", help="default: %(default)s")
     return parser.parse_args()
 
@@ -91,13 +96,20 @@ def main() -> None:
         settings = {"version": 1, "granularity": f"{config.policy.target}_static", "layers": args.static_layers}
         systems["static"] = args.model, ModConfig.parse(settings, "--static-layers")
     systems |= {other.name: (other, None) for other in args.others}
+    if args.without_patches:
+        for name, checkpoint in {"routed": args.checkpoint, **{other.name: other for other in args.others}}.items():
+            systems[f"{name} without patches"] = checkpoint, with_patch(read_mod_config(checkpoint), None)
     models = {name: load_system(*system) for name, system in systems.items()}
     answers, counts = compare(models, tqdm(samples, desc=f"{len(models)} systems", unit="sample"))
     del models
     quality = {name: summary(found, answers, counts) for name, found in answers.items()}
-    progress("kept ratio in vLLM")
-    prompts = [sample["input_ids"][: sample["prompt_len"]] for sample in samples[: len(counts)]]
-    kept = isolated(engine_kept, args.checkpoint, prompts, **IN_PROCESS)
+    kept = None
+    if importlib.util.find_spec("vllm") is None:
+        progress("vLLM is not installed: its kept ratio is left out")
+    else:
+        progress("kept ratio in vLLM")
+        prompts = [sample["input_ids"][: sample["prompt_len"]] for sample in samples[: len(counts)]]
+        kept = isolated(engine_kept, args.checkpoint, prompts, **IN_PROCESS)
     result = {
         "command": command("heldout"),
         "machine": machine(),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,9 @@ from .common import progress
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+#: Samples of a forward, and on a GPU, which a few would leave idle.
+_TOGETHER, _TOGETHER_ON_GPU = 8, 32
 
 
 def held_out_arguments(parser: argparse.ArgumentParser, samples: int = 200) -> None:
@@ -48,7 +52,7 @@ def answer_losses(model: Any, samples: Iterable[dict[str, Any]]) -> tuple[Tensor
 
     losses, counts = [], []
     for sample in samples:
-        logits = reference_logits(model, sample["input_ids"], sample["prompt_len"])
+        logits = reference_logits(model, sample["input_ids"], sample["prompt_len"]).cpu()
         labels = torch.tensor(sample["labels"])[1:]
         losses.append(torch.nn.functional.cross_entropy(logits[:-1], labels, ignore_index=IGNORED, reduction="sum"))
         counts.append((labels != IGNORED).sum())
@@ -68,57 +72,82 @@ class Answers:
     skipped: Tensor
 
 
-def compare(systems: Mapping[str, Any], samples: Iterable[dict[str, Any]]) -> tuple[dict[str, Answers], Tensor]:
-    """Of models that the reference runs, sample by sample, and the answers' tokens; the first is what is compared to.
+def compare(
+    systems: Mapping[str, Any], samples: Iterable[dict[str, Any]], together: int | None = None
+) -> tuple[dict[str, Answers], Tensor]:
+    """Of models that the reference runs, and the answers' tokens; the first is what is compared to.
 
-    At sequence level or static: what is skipped is the same for all tokens of an answer. Ctrl-C ends it with the
-    samples that all systems have seen.
+    At sequence level or static: what is skipped is the same for all tokens of an answer. together: samples of a forward
+    (None: as suits the device). Ctrl-C ends it with the samples that all systems have seen.
     """
     import torch
 
-    from router_tuning.data import IGNORED
-    from router_tuning.model import reference_logits
-
-    measured: list[tuple[dict[str, list[float]], int]] = []  #: per sample: a row of each system, the answer's tokens
-
-    def measure(sample: dict[str, Any]) -> tuple[dict[str, list[float]], int]:
-        labels = torch.tensor(sample["labels"])[1:]
-        answer, first, rows = labels != IGNORED, None, {}
-        for name, model in systems.items():
-            logits = reference_logits(model, sample["input_ids"], sample["prompt_len"])[:-1][answer].log_softmax(-1)
-            first = logits if first is None else first
-            divergence = torch.nn.functional.kl_div(logits, first, reduction="none", log_target=True).sum(-1)
-            row = [
-                -logits.gather(1, labels[answer, None]).double().sum(),
-                divergence.double().sum(),
-                (logits.argmax(-1) == first.argmax(-1)).sum(),
-                _skipped(model),
-            ]
-            rows[name] = [float(value) for value in row]
-        return rows, int(answer.sum())
-
+    if together is None:
+        on_gpu = next(iter(systems.values())).device.type == "cuda"
+        together = _TOGETHER_ON_GPU if on_gpu else _TOGETHER
+    measured: dict[str, list[Tensor]] = {name: [] for name in systems}  #: `[4, B]` each
+    counts: list[Tensor] = []
     try:
-        for sample in samples:
-            rows, tokens = measure(sample)
-            measured.append((rows, tokens))
+        for batch in _batched(samples, together):
+            found, tokens = _measure(systems, batch)
+            for name, columns in found.items():
+                measured[name].append(columns)
+            counts.append(tokens)
     except KeyboardInterrupt:
-        if len(measured) < 2:  # no error could be told
+        number = sum(map(len, counts))
+        if number < 2:  # no error could be told
             raise
-        progress(f"interrupted: the result is that of {len(measured)} samples")
-    columns = {
-        name: Answers(*torch.tensor([rows[name] for rows, _ in measured], dtype=torch.float64).T) for name in systems
-    }
-    return columns, torch.tensor([tokens for _, tokens in measured], dtype=torch.float64)
+        progress(f"interrupted: the result is that of {number} samples")
+    return {name: Answers(*torch.cat(parts, 1)) for name, parts in measured.items()}, torch.cat(counts)
 
 
-def _skipped(model: Any) -> float:
-    """Sublayers that the last forward skipped."""
+def _batched(samples: Iterable[dict[str, Any]], number: int) -> Iterator[list[dict[str, Any]]]:
+    rest = iter(samples)
+    while batch := list(islice(rest, number)):
+        yield batch
+
+
+def _measure(systems: Mapping[str, Any], samples: list[dict[str, Any]]) -> tuple[dict[str, Tensor], Tensor]:
+    """The fields of `Answers`, float64 `[4, B]` on the CPU, and the answers' tokens `[B]`."""
+    import torch
+
+    from router_tuning.data import Collator
+    from router_tuning.layerwise import answer_predictions, divergences, supervised
+
+    batch = Collator(0)([dict(sample) for sample in samples])
+    answers, first, found = supervised(batch), None, {}
+    device = next(iter(systems.values())).device
+    labels, owner = batch["labels"][:, 1:][answers].to(device), answers.nonzero()[:, 0].to(device)
+
+    def per_sample(values: Tensor) -> Tensor:
+        return torch.zeros(len(samples), dtype=torch.float64, device=device).index_add_(0, owner, values.double()).cpu()
+
+    with torch.no_grad():
+        for name, model in systems.items():
+            predicted = answer_predictions(model, batch)
+            first = predicted if first is None else first
+            found[name] = torch.stack(
+                [
+                    per_sample(-predicted.gather(1, labels[:, None])[:, 0]),
+                    per_sample(divergences(predicted, first)),
+                    per_sample(predicted.argmax(-1) == first.argmax(-1)),
+                    _skipped(model, len(samples)),
+                ]
+            )
+    return found, answers.sum(1).double()
+
+
+def _skipped(model: Any, number: int) -> Tensor:
+    """Sublayers that each of the `number` samples of the last forward skipped, float64."""
+    import torch
+
     from router_tuning.model import reference_decisions, routing_of
 
     config = routing_of(model).config
     if config.is_static:
-        return float(len(config.layers))
-    return sum(float((~keep).double().mean()) for keep in reference_decisions(model).values())
+        return torch.full((number,), float(len(config.layers)), dtype=torch.float64)
+    skipped = [(~keep).double() for keep in reference_decisions(model).values()]
+    return torch.stack(skipped).flatten(2).mean(2).sum(0).cpu() if skipped[0].dim() > 1 else sum(skipped).cpu()
 
 
 def mean_per_token(sums: Tensor, counts: Tensor) -> tuple[float, float]:
@@ -148,13 +177,14 @@ def load_system(model: Path, config: ModConfig | None) -> Any:
     """The reference of a checkpoint (None: as it is stored), of other thresholds, or of a static drop of a base."""
     import torch
 
+    from router_tuning.loading import on_best_device
     from router_tuning.model import attach_routers, load_base, load_reference
 
     if config is None or "mod_config" in read_json(model / "config.json"):
-        return load_reference(model, config=config)
+        return on_best_device(load_reference(model, config=config))
     loaded = load_base(model, torch.float32).eval()
     attach_routers(loaded, config)
-    return loaded
+    return on_best_device(loaded)
 
 
 def dense_config(model: Path) -> ModConfig:

@@ -43,6 +43,14 @@ def test_each_is_compared_with_the_first(systems):
     assert [found[n].skipped.tolist() for n in systems] == [[0, 0], [2, 2], [1, 1]]
 
 
+def test_samples_of_a_forward_do_not_see_each_other(systems):
+    alone, _ = perplexity.compare(systems, SAMPLES, together=1)
+    both, _ = perplexity.compare(systems, SAMPLES, together=2)
+    for name in systems:
+        for column in ("losses", "divergence", "same", "skipped"):
+            assert torch.allclose(getattr(alone[name], column), getattr(both[name], column), atol=1e-5)
+
+
 def test_a_row_per_system(systems):
     answers, counts = perplexity.compare(systems, SAMPLES)
     rows = {name: summary(found, answers, counts) for name, found in answers.items()}
@@ -62,8 +70,8 @@ def test_what_was_measured_before_an_interrupt_counts(systems):
         yield from SAMPLES
         raise KeyboardInterrupt
 
-    found, counts = perplexity.compare(systems, interrupted())
-    whole, _ = perplexity.compare(systems, SAMPLES)
+    found, counts = perplexity.compare(systems, interrupted(), together=1)
+    whole, _ = perplexity.compare(systems, SAMPLES, together=1)
     assert len(counts) == len(SAMPLES)
     assert all(torch.equal(found[name].losses, whole[name].losses) for name in systems)
     with pytest.raises(KeyboardInterrupt):
