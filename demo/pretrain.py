@@ -1,7 +1,9 @@
-"""Make the small pretrained Llama that `make demo` tunes routers on, its instruction data, and their numbers.
+r"""Make the small pretrained Llama that `make demo` tunes routers on, its instruction data, and their numbers.
 
     python demo/pretrain.py train --data DATA --tokenizer TOKENIZER --output demo/model --minutes 45
     python demo/pretrain.py rows  --data DATA --output demo/data.jsonl.gz
+    python demo/pretrain.py rows  --data DATA --output benchmarks/data/chats.jsonl.gz --without demo/data.jsonl.gz \
+        --rows 3000 2400 1300 300 250 1100
     python demo/pretrain.py eval  --data DATA --model demo/model
 
 DATA holds `train/*.jsonl.gz` (rows with `messages`) and `text/*.jsonl.xz` (rows with `text`); TOKENIZER is a directory
@@ -19,13 +21,14 @@ import random
 import shutil
 import signal
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-# Permissive or public domain only; the licences are in demo/MODEL.md. `rows` takes the first five files.
+# Permissive or public domain only; the licences are in demo/MODEL.md. `rows` takes as many files as ROWS names.
 INSTRUCTIONS = ("gsm8k_train", "gpteacher_code_4k", "gpteacher_roleplay_2k", "oasst1_953", "self_instruct_human")
 INSTRUCTIONS += ("llms_from_scratch_1k", "taskmaster4_coffee")
 ROWS = (1000, 800, 350, 150, 200)
@@ -174,9 +177,12 @@ def train(args):
 def write_rows(args):
     """Training rows shuffled by seed, then (the last 5 % of the file) rows of the held-out tails."""
     rng, parts = random.Random(args.seed), ([], [])
-    for name, count in zip(INSTRUCTIONS, ROWS, strict=False):
+    with gzip.open(args.without, "rt", encoding="utf-8") if args.without else nullcontext([]) as f:
+        taken = {repr(json.loads(line)["messages"]) for line in f}
+    for name, count in zip(INSTRUCTIONS, args.rows, strict=False):
         for heldout, wanted in ((False, count - count // 20), (True, count // 20)):
             rows = [r for r in load(args.data, name, heldout) if sum(len(m["content"]) for m in r["messages"]) <= 2000]
+            rows = [r for r in rows if repr(r["messages"]) not in taken]
             parts[heldout].extend(rng.sample(rows, min(wanted, len(rows))))
     rows = [row for part in parts for row in rng.sample(part, len(part))]
     with open(args.output, "wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as f:
@@ -236,7 +242,10 @@ def main():
     option("--save-minutes", type=float, default=4, help="time between saves")
     option("--batch-tokens", type=int, default=2048, help="tokens per step, 1024 or more; sequences of 256 or 512")
     option("--lr", type=float, default=3e-3, help="highest learning rate")
-    command(write_rows, "rows", "write instruction rows")("--output", type=Path, required=True, help="a .jsonl.gz file")
+    option = command(write_rows, "rows", "write instruction rows")
+    option("--output", type=Path, required=True, help="a .jsonl.gz file")
+    option("--rows", type=int, nargs="+", default=ROWS, help="of each file, in the order of INSTRUCTIONS; all it has")
+    option("--without", type=Path, help="a .jsonl.gz file none of whose conversations is taken")
     option = command(evaluate, "eval", "perplexity on held-out rows, with and without each attention")
     option("--model", type=Path, required=True, help="model directory")
     option("--ask", nargs="*", default=[], help="questions to answer greedily")
