@@ -146,8 +146,16 @@ def _skipped(model: Any, number: int) -> Tensor:
     config = routing_of(model).config
     if config.is_static:
         return torch.full((number,), float(len(config.layers)), dtype=torch.float64)
-    skipped = [(~keep).double() for keep in reference_decisions(model).values()]
-    return torch.stack(skipped).flatten(2).mean(2).sum(0).cpu() if skipped[0].dim() > 1 else sum(skipped).cpu()
+    valid = routing_of(model).valid
+    total = torch.zeros(number, dtype=torch.float64)
+    for keep in reference_decisions(model).values():
+        skipped = (~keep).double()
+        if skipped.dim() > 1:  # by token, or by each of its experts
+            counted = torch.ones(skipped.shape[:2], device=skipped.device) if valid is None else valid.double()
+            skipped = (skipped.flatten(2).mean(2) if skipped.dim() > 2 else skipped) * counted
+            skipped = skipped.sum(1) / counted.sum(1)
+        total += skipped.cpu()
+    return total
 
 
 def mean_per_token(sums: Tensor, counts: Tensor) -> tuple[float, float]:

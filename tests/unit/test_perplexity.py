@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.heldout import summary
 from benchmarks.lib import perplexity
-from router_tuning.model import reference_logits
+from router_tuning.model import reference_logits, routing_of
 from vllm_mod.config import ModConfig
 
 SAMPLES = [
@@ -49,6 +49,19 @@ def test_samples_of_a_forward_do_not_see_each_other(systems):
     for name in systems:
         for column in ("losses", "divergence", "same", "skipped"):
             assert torch.allclose(getattr(alone[name], column), getattr(both[name], column), atol=1e-5)
+
+
+def test_padding_is_nobody_s_token(tiny_llama_path):
+    settings = {"version": 1, "granularity": "attn_token", "layers": [0, 2], "threshold": 0.5}
+    model = perplexity.load_system(tiny_llama_path, ModConfig.parse(settings, "test"))
+    draws = torch.Generator().manual_seed(0)
+    for router in routing_of(model).routers.values():
+        router.weight.data = torch.randn(router.weight.shape, generator=draws)
+    alone, _ = perplexity.compare({"dense": model}, SAMPLES, together=1)
+    both, _ = perplexity.compare({"dense": model}, SAMPLES, together=2)
+    assert torch.allclose(alone["dense"].skipped, both["dense"].skipped)
+    assert alone["dense"].skipped.min() > 0 and alone["dense"].skipped.max() < 2
+    assert torch.allclose(alone["dense"].losses, both["dense"].losses, atol=1e-5)
 
 
 def test_a_row_per_system(systems):
