@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from router_tuning.choice import choices
-from router_tuning.cost_routers import saving
+from router_tuning.choice import inputs_of, routers_of
+from router_tuning.cost_routers import CostRouter, price, saving, spared
 from router_tuning.costs_file import CostsFile, Rows
 from router_tuning.selection import Measured
 from vllm_mod.config import ConfigError
@@ -49,25 +49,22 @@ def groups(rows: Rows, size: int) -> list[Measured]:
     return [Measured(layers, rows.nats[p], rows.tokens[p], rows.inputs[p], rows.sample[p]) for p in parts]
 
 
-def point(measured: Sequence[Measured], skip: float, share: float) -> dict[str, Any]:
-    """Means over groups."""
+def point(measured: Sequence[Measured], routers: Sequence[Mapping[int, CostRouter]], skip: float) -> dict[str, Any]:
+    """Means over groups. routers: of each group, every layer's."""
     sums = dict.fromkeys(("explained", "static", "routed", "oracle"), 0.0)
-    for group in measured:
-        choice = next(c for c in choices(group, False, None, skip, 0.5) if c.share == share)
-        routers = [choice.routers[layer] for layer in choice.layers]
-        worth = saving(group, routers, choice.layers, choice.log_price)
-        explained = sum(router.explained for router in choice.routers.values()) / len(choice.routers)
+    for group, of_layers in zip(measured, routers, strict=True):
+        layers = spared(group.layers, of_layers, skip)
+        if not layers:
+            raise ConfigError(f"--skip {skip:g}: hardly any request would skip a layer; a higher number is needed")
+        chosen = [of_layers[layer] for layer in layers]
+        worth = saving(group, chosen, layers, price(chosen, max(1.0 - skip / len(layers), 0.0)))
+        explained = sum(router.explained for router in of_layers.values()) / len(of_layers)
         for name, value in vars(worth).items() | {("explained", explained)}:
             sums[name] += value / len(measured)
     row = {name: round(value, 4) for name, value in sums.items()}
     gained = (sums["static"] - sums["routed"]) / (sums["static"] - sums["oracle"])
-    return {
-        "requests": len(measured[0].sample),
-        "groups": len(measured),
-        "skip": skip,
-        **row,
-        "share": round(gained, 3),
-    }
+    row |= {"share": round(gained, 3)}
+    return {"requests": len(measured[0].sample), "groups": len(measured), "skip": skip, **row}
 
 
 def draw(points: Sequence[dict[str, Any]], path: Path) -> None:
@@ -96,7 +93,12 @@ def main() -> None:
     if min(args.sizes) < _FEWEST or max(args.sizes) > number:
         raise ConfigError(f"--sizes: from {_FEWEST} to the {number} requests of {args.costs} are possible")
     assert file.rows is not None
-    points = [point(groups(file.rows, size), skip, args.share) for skip in args.skip for size in args.sizes]
+    points = []
+    for size in args.sizes:
+        measured = groups(file.rows, size)
+        routers = [routers_of(group, inputs_of(group), args.share) for group in measured]
+        points += [point(measured, routers, skip) for skip in args.skip]
+    points.sort(key=lambda row: args.skip.index(row["skip"]))
     progress(markdown_table([*points[0]], [[*row.values()] for row in points]))
     record = {"command": command("measured_requests"), "machine": machine(), "measured": number, "points": points}
     write_json(args.output, record)

@@ -60,4 +60,6 @@ def test_what_cannot_be_is_one_line(costs: Path, tmp_path: Path, monkeypatch: py
     for sizes in ("31", "301"):
         with pytest.raises(ConfigError, match="from 32 to the 300 requests"):
             run(monkeypatch, costs, tmp_path / "r.json", "--sizes", sizes)
+    with pytest.raises(ConfigError, match="--skip 0: hardly any request"):
+        run(monkeypatch, costs, tmp_path / "r.json", "--sizes", "50", "--skip", "0")
     assert not (tmp_path / "r.json").exists()

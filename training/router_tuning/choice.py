@@ -65,9 +65,9 @@ def choices(
     of layers and `kept`. Raises ConfigError where none skips anything.
     """
     found = []
-    inputs = [Inputs.of(measured.inputs[:, place]) for place in range(len(measured.layers))]
+    inputs = inputs_of(measured)
     for share in (None, *(() if static else SHARES)):
-        routers = _routers(measured, inputs, share)
+        routers = routers_of(measured, inputs, share)
         if skip is None:
             routed, ratio = layers or cheaper_half(measured.costs()), kept
         else:
@@ -81,7 +81,13 @@ def choices(
     return found
 
 
-def _routers(measured: Measured, inputs: Sequence[Inputs], share: float | None) -> dict[int, CostRouter]:
+def inputs_of(measured: Measured) -> list[Inputs]:
+    """Layer by layer; most of what routers of many requests take."""
+    return [Inputs.of(measured.inputs[:, place]) for place in range(len(measured.layers))]
+
+
+def routers_of(measured: Measured, inputs: Sequence[Inputs], share: float | None) -> dict[int, CostRouter]:
+    """Of every layer that was measured. inputs: see `inputs_of`. share: None for those that learn nothing."""
     nats = measured.nats if share is None else moderated(measured.nats, share)
     ridges = () if share is None else RIDGES  # none is tried: nothing is learned
     places = enumerate(measured.layers)
