@@ -33,6 +33,7 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rank": _at_least(0),
     "patch_rank": _at_least(0),
     "distilled_samples": _at_least(0),
+    "distilled_passes": _at_least(1),
     "batch_size": _at_least(1),
     "max_train_samples": (lambda value: value >= 0, "1 or more is needed (0: all)"),
     "max_eval_samples": (lambda value: value >= 0, "1 or more is needed (0: all)"),

@@ -264,6 +264,8 @@ def test_measured_costs_serve_other_points(
         (["--measured-samples", "15"], "--measured-samples 15: 16 or more are needed"),
         (["--patch-rank", "-1"], "--patch-rank"),
         (["--distilled-samples", "-1"], "--distilled-samples -1: 0 or more is needed"),
+        (["--distilled-passes", "0"], "--distilled-passes 0: 1 or more is needed"),
+        (["--seed", "-1"], "--seed -1: 0 to 4294967295 is needed"),
         (["--granularity", "attn_token"], "--granularity"),
         (["--skip", "4"], "--skip 4: the model has 4 layers"),
         (["--skip", "0"], "--skip 0"),
