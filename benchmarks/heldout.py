@@ -83,6 +83,8 @@ def _rounded(sums: Tensor) -> list[float]:
 
 
 def main() -> None:
+    import torch
+
     args = arguments()
     keep_freed_memory()
     args.model = local_model(args.model)
@@ -102,6 +104,7 @@ def main() -> None:
     models = {name: load_system(*system) for name, system in systems.items()}
     answers, counts = compare(models, tqdm(samples, desc=f"{len(models)} systems", unit="sample"))
     del models
+    torch.cuda.empty_cache()  # vLLM looks for it
     quality = {name: summary(found, answers, counts) for name, found in answers.items()}
     kept = None
     if importlib.util.find_spec("vllm") is None:
