@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from router_tuning.hub import local_model
 from vllm_mod.checkpoint import BaseShape, read_json, read_mod_config, write_checkpoint
 from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.evaluation import write_evaluation
@@ -53,7 +54,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_line("quality", __doc__)
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CKPT", help="what `router-tuning train` wrote")
-    add("--model", type=Path, required=True, help="its base model, a directory")
+    add("--model", required=True, help="its base model: a directory, a hub name, or smollm2")
     add("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"default: {' '.join(TASKS)}")
     add("--limit", type=int, help="documents per task, spread over its parts (default: all)")
     add("--data-dir", type=Path, help="where the tasks' data sets lie as directories (default: the hub)")
@@ -61,6 +62,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data", nargs="+", help="instruction data whose last part was held out in training: perplexity, static drop")
     held_out_arguments(parser)
     add("--static", type=int, nargs="+", metavar="LAYER", help="drop these layers instead of choosing them on --data")
+    add("--static-checkpoint", type=Path, metavar="CKPT", help="compare with this static drop, such as one that "
+        "`router-tuning fit --static` wrote, with its patches, in place of one without any")  # fmt: skip
     add("--no-static", action="store_true", help="leave the static drop out")
     add("--thresholds", type=float, nargs="*", help="further points of the plot, by perplexity "
         "(default: the operating points that `router-tuning calibrate` stored)")  # fmt: skip
@@ -74,9 +77,15 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> ModConfig:
-    """Everything that can be wrong, before any long work; raises ConfigError."""
-    for path, flag in ((args.checkpoint, "CKPT"), (args.model, "--model"), (args.data_dir, "--data-dir"),
-                       (args.include_path, "--include-path")):  # fmt: skip
+    """Everything that can be wrong, before any long work; raises ConfigError. `--model` becomes a directory."""
+    args.model = local_model(str(args.model))
+    directories = {
+        "CKPT": args.checkpoint,
+        "--data-dir": args.data_dir,
+        "--include-path": args.include_path,
+        "--static-checkpoint": args.static_checkpoint,
+    }
+    for flag, path in directories.items():
         if path is not None and not path.is_dir():
             raise ConfigError(f"{flag}: {path} is not a directory")
     config = read_mod_config(args.checkpoint)
@@ -93,8 +102,16 @@ def check(args: argparse.Namespace) -> ModConfig:
         raise ConfigError("--limit: at least 1 document")
     if config.policy.by_experts and not args.no_static:
         raise ConfigError("experts have no static drop to compare with; pass --no-static")
-    if not (args.no_static or args.static or args.data):
-        raise ConfigError("the static drop is chosen on calibration data: pass --data, --static LAYER… or --no-static")
+    if args.static_checkpoint:
+        read_mod_config(args.static_checkpoint)
+    ways = bool(args.static) + bool(args.static_checkpoint) + args.no_static
+    if ways > 1:
+        raise ConfigError("--static, --static-checkpoint and --no-static are alternatives")
+    if not (ways or args.data):
+        raise ConfigError(
+            "the static drop is chosen on calibration data: pass --data, --static LAYER…, --static-checkpoint CKPT "
+            "or --no-static"
+        )
     try:
         import lm_eval  # noqa: F401
         import matplotlib  # noqa: F401
@@ -125,7 +142,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     systems = {"base": in_vllm("base", args.model), "checkpoint": in_vllm("checkpoint", args.checkpoint, {})}
     kept = kept_ratio(systems["checkpoint"])
-    dropped = [] if args.no_static else static_layers(args, config, kept, held_out)
+    dropped = [] if args.no_static or args.static_checkpoint else static_layers(args, config, kept, held_out)
+    if args.static_checkpoint:
+        systems["static"] = in_vllm("static", args.static_checkpoint)
     if dropped:
         progress(f"static drop: layers {dropped}")
         with tempfile.TemporaryDirectory(dir=args.checkpoint.resolve().parent) as directory:
@@ -137,6 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     record = {
         "command": command("quality"), "machine": machine(), "mod_config": config.to_dict(),
         "limit": args.limit, "kept_ratio": kept, "static_layers": dropped,
+        "static_checkpoint": args.static_checkpoint and str(args.static_checkpoint),
     } | summary(systems)  # fmt: skip
     if args.reference:
         record["reference"] = compare_with_reference(args, load, systems["checkpoint"], finished)
@@ -204,7 +224,8 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 def summary(systems: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Per task mean, standard error and the paired difference to the base; recovery: mean over tasks of the quotient.
 
-    A task in which the base scores 0 has no quotient and is left out of the recovery.
+    A task in which the base scores 0 has no quotient and is left out of the recovery. `above_chance` are the tasks that
+    the base does better than guessing by two standard errors: what is lost can be seen there.
     """
     tasks: dict[str, dict[str, Any]] = {}
     for name, base in systems["base"]["tasks"].items():
@@ -221,11 +242,13 @@ def summary(systems: dict[str, dict[str, Any]]) -> dict[str, Any]:
         routed = systems["checkpoint"]["tasks"][name]["routed"]
         row["kept_ratio"] = _rounded(systems["checkpoint"]["tasks"][name]["kept"] / routed if routed else None)
         tasks[name] = row
+    above = {n: row for n, row in tasks.items() if row["base"] - 2 * (row["base_stderr"] or 0) > TASKS[n].chance}
     return {
         "tasks": tasks,
         "recovery": recovery(tasks, "checkpoint"),
         "static_recovery": recovery(tasks, "static"),
         "left_out_of_recovery": [name for name, row in tasks.items() if not row["base"]],
+        "above_chance": {"tasks": list(above)} | {name: recovery(above, name) for name in systems if name != "base"},
     }
 
 

@@ -20,7 +20,8 @@ def text(record: dict[str, Any], stem: str) -> str:
         "# Quality",
         f"`{record['command']}`",
         f"`{mod['granularity']}`, routed layers {', '.join(map(str, mod['layers']))}; kept ratio in vLLM during these "
-        f"tasks {'-' if kept is None else kept}. Static drop: layers {record['static_layers'] or 'none'}. "
+        f"tasks {'-' if kept is None else kept}. Static drop: "
+        f"{record['static_checkpoint'] or 'layers ' + str(record['static_layers'] or 'none')}. "
         f"Documents per task: {record['limit'] or 'all'}.",
         markdown_table(*table(record)),
         "± is the standard error; *difference* is routed - base on the same documents, with the error of that paired "
@@ -28,6 +29,7 @@ def text(record: dict[str, Any], stem: str) -> str:
         f"Recovery (mean over tasks of the quotient to base): routed {_share(record['recovery'])}, "
         f"static drop {_share(record['static_recovery'])}."
         + (f" Left out, since the base scores 0: {left_out}." if left_out else ""),
+        _above_chance(record["above_chance"]),
     ]
     if "perplexity" in record:
         header = ["held-out answers", "kept ratio", "perplexity", "relative to base"]
@@ -61,6 +63,16 @@ def table(record: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
         about = [_share(row["kept_ratio"]), _share(row["truncated"])]
         rows.append([name, row["shots"], row["metric"], row["samples"], *cells, difference, *about])
     return header, rows
+
+
+def _above_chance(found: dict[str, Any]) -> str:
+    if not found["tasks"]:
+        return "In no task is the base better than guessing by two standard errors."
+    values = ", ".join(f"{NAMES[name]} {_share(value)}" for name, value in found.items() if name != "tasks")
+    return (
+        f"Recovery on those where the base is better than guessing by two standard errors "
+        f"({', '.join(found['tasks'])}): {values}."
+    )
 
 
 def _pm(value: float, error: float | None) -> str:

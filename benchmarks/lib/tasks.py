@@ -27,19 +27,21 @@ log = logging.getLogger(__name__)
 class Task:
     shots: int
     metric: str
+    #: what guessing gets: 1 / answers
+    chance: float
     filter: str = "none"
 
 
 TASKS = {
-    "boolq": Task(0, "acc"),
-    "rte": Task(0, "acc"),
-    "openbookqa": Task(0, "acc_norm"),
-    "piqa": Task(0, "acc_norm"),
-    "mmlu": Task(5, "acc"),
-    "winogrande": Task(5, "acc"),
-    "gsm8k": Task(5, "exact_match", "strict-match"),
-    "hellaswag": Task(10, "acc_norm"),
-    "arc_challenge": Task(25, "acc_norm"),
+    "boolq": Task(0, "acc", 0.5),
+    "rte": Task(0, "acc", 0.5),
+    "openbookqa": Task(0, "acc_norm", 0.25),
+    "piqa": Task(0, "acc_norm", 0.5),
+    "mmlu": Task(5, "acc", 0.25),
+    "winogrande": Task(5, "acc", 0.5),
+    "gsm8k": Task(5, "exact_match", 0.0, "strict-match"),
+    "hellaswag": Task(10, "acc_norm", 0.25),
+    "arc_challenge": Task(25, "acc_norm", 0.25),
 }
 
 

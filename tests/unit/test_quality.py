@@ -46,11 +46,14 @@ def test_recovery_is_a_mean_of_quotients() -> None:
     found = quality.summary(systems)
     assert found["recovery"] == pytest.approx((0.5 + 0.75) / 2)
     assert found["static_recovery"] is None and found["left_out_of_recovery"] == ["gsm8k"]
+    assert found["above_chance"] == {"tasks": ["piqa"], "checkpoint": 0.75}
     row = found["tasks"]["boolq"]
     assert row["checkpoint_difference"] == -0.25 and row["checkpoint_difference_stderr"] == 0.25
     assert quality.kept_ratio(systems["checkpoint"]) == 0.75
     record = found | {"command": "c", "mod_config": {"granularity": "attn_token", "layers": [1]}, "kept_ratio": 0.75,
-                      "static_layers": [], "limit": 4}  # fmt: skip
+                      "static_layers": [], "static_checkpoint": None, "limit": 4}  # fmt: skip
+    assert "In no task is the base better than guessing" not in text(record, "quality")  # piqa: 1 of 1
+    assert "(piqa): routed 0.750." in text(record, "quality")
     assert "| boolq | 0 | acc | 4 | 0.500 ± 0.289 | 0.250 ± 0.250 | -0.250 ± 0.250 |" in text(record, "quality")
 
 
@@ -120,6 +123,8 @@ def test_missing_data_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (["--data-dir", "/nowhere/at/all"], "--data-dir"),
         (["--limit", "0"], "--limit"),
         ([], "pass --data, --static LAYER"),
+        (["--static-checkpoint", "/nowhere/at/all"], "--static-checkpoint"),
+        (["--static", "4", "--no-static"], "alternatives"),
     ],
 )
 def test_refused_at_once(tiny_llama_path: Path, tmp_path: Path, flags: list[str], said: str) -> None:
