@@ -52,6 +52,15 @@ class Choice:
         predicted = torch.stack([self.routers[layer].predicted[rows] for layer in measured.layers], 1)
         return (predicted < cut(predicted[:, routed], self.kept)) & routed
 
+    def scores(self, measured: Measured, number: int) -> Tensor:
+        """float64 `[number, routed layers]`: what routers give each sample, by fits that had not seen it; NaN of those
+        that were not measured."""
+        found = torch.full((number, len(self.layers)), torch.nan, dtype=torch.float64)
+        for place, layer in enumerate(self.layers):
+            router = self.routers[layer]
+            found[measured.sample, place] = router.predicted - router.offset
+        return found
+
     def __str__(self) -> str:
         if self.share is None:
             return "the same layers for everyone"

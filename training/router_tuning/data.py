@@ -201,7 +201,8 @@ class Collator:
         self.pad_id = pad_id
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Samples -> `input_ids`, `labels`, `attention_mask`, `prompt_mask`, all `[B, T]`."""
+        """Samples -> `input_ids`, `labels`, `attention_mask`, `prompt_mask`, all `[B, T]`; of samples that have
+        `scores`, `[routed layers]` each, these, float64 `[B, routed layers]`."""
         length = max(len(s["input_ids"]) for s in samples)
 
         def padded(key: str, filler: int) -> Tensor:
@@ -210,9 +211,12 @@ class Collator:
         position = torch.arange(length)[None]
         sizes = torch.tensor([[len(s["input_ids"])] for s in samples])
         prompts = torch.tensor([[s["prompt_len"]] for s in samples])
-        return {
+        batch = {
             "input_ids": padded("input_ids", self.pad_id),
             "labels": padded("labels", IGNORED),
             "attention_mask": (position < sizes).long(),
             "prompt_mask": position < prompts,
         }
+        if all("scores" in s for s in samples):
+            batch["scores"] = torch.stack([s["scores"] for s in samples])
+        return batch

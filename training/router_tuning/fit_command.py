@@ -73,6 +73,9 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
         model = on_best_device(load_base(base, dtype).eval())
         weights = {layer: choice.routers[layer].weight for layer in choice.layers}
         attach_routers(model, config, weights)
+        # Patches are for requests that no router has seen, and that skip other layers than those it was fitted to.
+        scores = choice.scores(measured, len(samples))
+        samples = [dict(sample) | {"scores": scores[place]} for place, sample in enumerate(samples)]
         batches = collate(samples, config, args.patch_rank, batch_size(model, samples), ", ".join(args.data))
         fitted = fit_patches(model, batches, args.patch_rank, place)
         if args.distilled_samples:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,19 @@ from torch import Tensor, nn
 from vllm_mod.config import ConfigError
 
 from .data import IGNORED
-from .model import architecture_of_model, decoder_layers, given_prompts, routing_of
+from .model import architecture_of_model, decoder_layers, given_prompts
+from .routing import ModelRouting, routing_of
 from .sublayers import hide_skipped_keys, stock
 
 Batch = Mapping[str, Tensor]
+
+
+def requests_of(model: Any, batch: Batch) -> AbstractContextManager[ModelRouting]:
+    """`given_prompts` of a batch."""
+    scores = batch.get("scores")
+    return given_prompts(
+        model, batch["prompt_mask"].to(model.device), None if scores is None else scores.to(model.device)
+    )
 
 
 class HiddenStates:
@@ -112,7 +122,7 @@ def advance(model: Any, batch: Batch, states: Tensor | None, first: int, stop: i
 
     As the routed model has them: with its decisions, and the patches that it has by now. `[B, T, hidden]`.
     """
-    with _running(model, states, first, stop) as end, given_prompts(model, batch["prompt_mask"].to(model.device)):
+    with _running(model, states, first, stop) as end, requests_of(model, batch):
         _forward(model, batch)
     return end.seen
 
@@ -126,7 +136,7 @@ def answer_predictions(model: Any, batch: Batch, states: Tensor | None = None, f
     places = answers.any(0).nonzero().flatten()  # a prediction is read where a row has one
     wanted = answers[:, places].to(model.device)
     last = len(decoder_layers(model))
-    with _running(model, states, first, last), given_prompts(model, batch["prompt_mask"].to(model.device)):
+    with _running(model, states, first, last), requests_of(model, batch):
         logits = _forward(model, batch, places.to(model.device)).logits
     return logits[wanted].float().log_softmax(-1)
 
@@ -168,7 +178,7 @@ def sublayer(model: Any, batch: Batch, states: Tensor, layer: int) -> tuple[Tens
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_running(model, states, layer, layer + 1))
-        stack.enter_context(given_prompts(model, batch["prompt_mask"].to(model.device)))
+        stack.enter_context(requests_of(model, batch))
         for name in policy.sublayers:
             part = getattr(module, name)
             added = getattr(module, norms[name]) if name in norms else part

@@ -135,19 +135,22 @@ def _note_padding(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 @contextlib.contextmanager
-def given_prompts(model: nn.Module, prompt_mask: Tensor | None = None) -> Iterator[ModelRouting]:
+def given_prompts(
+    model: nn.Module, prompt_mask: Tensor | None = None, scores: Tensor | None = None
+) -> Iterator[ModelRouting]:
     """While it lasts, `prompt_mask` (bool `[B, <=T]`; None: all tokens) is the prompt: sequence-level decisions are
-    means over it, or over its first tokens where the config has a window.
+    means over it, or over its first tokens where the config has a window. scores: see `ModelRouting.scores`.
 
     Padding is taken from the `attention_mask` of the forward itself. Yields the state to read `decisions` and
     `kept()` from. Keep it open during `backward` too: gradient checkpointing decides again there.
     """
     state = routing_of(model)
-    before, state.prompt_mask = state.prompt_mask, prompt_mask
+    before = state.prompt_mask, state.scores
+    state.prompt_mask, state.scores = prompt_mask, scores
     try:
         yield state
     finally:
-        state.prompt_mask = before
+        state.prompt_mask, state.scores = before
 
 
 def freeze_base(model: nn.Module) -> list[nn.Parameter]:

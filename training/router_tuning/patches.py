@@ -22,8 +22,7 @@ from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.tensors import Patch
 
 from .data import Collator
-from .layerwise import Batch, HiddenStates, advance, sublayer
-from .model import given_prompts
+from .layerwise import Batch, HiddenStates, advance, requests_of, sublayer
 from .ridge import Fitted, Moments, TooLowRank, fit
 from .routing import LinearPatch, ModelRouting, routing_of
 
@@ -151,7 +150,7 @@ def _kept(model: Any, batch: Batch, layer: int, x: Tensor) -> Tensor:
     state = routing_of(model)
     if state.config.is_static or not state.config.policy.by_request:
         return torch.zeros(len(x), dtype=torch.bool)
-    with given_prompts(model, batch["prompt_mask"].to(model.device)):
+    with requests_of(model, batch):
         return state.decide(layer, x).keep.cpu()
 
 

@@ -113,6 +113,8 @@ class ModelRouting:
     cutoffs: tuple[float, ...] | None = None
     #: bool `[B, T]`: which tokens are the prompt; None means all of them.
     prompt_mask: Tensor | None = None
+    #: float64 `[B, routed layers]`, of decisions per request: scores in place of the routers' own; NaN: these.
+    scores: Tensor | None = None
     #: bool `[B, T]`: False at padding; noted from the forward's own `attention_mask`.
     valid: Tensor | None = None
     #: Per routed layer, of the last forward.
@@ -130,7 +132,11 @@ class ModelRouting:
         if self.config.policy.by_token:
             return self.decide_on(layer, score)
         deciding = self.deciding(score.shape, score.device)
-        decision = self.decide_on(layer, segment_means(score[deciding], deciding.sum(1)))
+        mean = segment_means(score[deciding], deciding.sum(1))
+        if self.scores is not None:
+            given = self.scores[:, self.config.layers.index(layer)]
+            mean = torch.where(given.isnan(), mean, given)
+        decision = self.decide_on(layer, mean)
         if self.config.window is not None:
             decision.window = deciding
         return decision

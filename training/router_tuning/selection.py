@@ -40,8 +40,9 @@ SAMPLES = 32
 _PATCH_SAMPLES = 128
 #: Tokens of a forward, padding included: predictions over the whole vocabulary are held for all of them, twice.
 _TOKENS = 2048
-#: On a GPU, which a forward of so few may leave idle: more, as long as predictions have no more numbers than these.
-_GPU_PREDICTIONS = 2**28
+#: On a GPU, which a forward of so few may leave idle: up to so many, whose predictions take an eighth of its free
+#: memory, at so many bytes a number, what it is compared with included.
+_GPU_TOKENS, _GPU_SHARE, _BYTES = 32768, 8, 18
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,10 @@ def _measure(
 
 def tokens_of_a_forward(model: Any) -> int:
     """For `batches_of`."""
-    return max(_GPU_PREDICTIONS // model.config.vocab_size, _TOKENS) if model.device.type == "cuda" else _TOKENS
+    if model.device.type != "cuda":
+        return _TOKENS
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return min(max(free // (_GPU_SHARE * _BYTES * model.config.vocab_size), _TOKENS), _GPU_TOKENS)
 
 
 def batches_of(lengths: Sequence[int], tokens: int) -> list[list[int]]:

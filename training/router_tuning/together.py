@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from .data import Collator
-from .layerwise import answer_predictions, divergences, supervised
-from .routing import ModelRouting, routing_of
+from .layerwise import Batch, answer_predictions, divergences, supervised
+from .routing import routing_of
 from .selection import batches_of, tokens_of_a_forward
-
-
-class _Decided(nn.Module):
-    """In place of a router: it skips for the requests it is told to. Cutoffs must be 0."""
-
-    #: bool `[B]`
-    skip: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: `[B, T, hidden]` -> scores `[B, T]`"""
-        return torch.where(self.skip, -1.0, 1.0)[:, None].expand(x.shape[:2]).to(x.device)
 
 
 @torch.no_grad()
@@ -42,39 +30,27 @@ def divergence(
     nats = torch.zeros(len(skips), len(samples), dtype=torch.float64)
     tokens = torch.zeros(len(samples), dtype=torch.float64)
     total = len(batches) * (len(skips) + 1)
-    with (
-        _deciding(routing_of(model)) as routers,
-        tqdm(total=total, desc="skipped together", unit="forward", disable=True if quiet else None) as progress,
-    ):
-        for places in batches:
-            these = [order[place] for place in places]
-            batch = Collator(0)([dict(samples[i]) for i in these])
-            answers = supervised(batch)
-            tokens[these] = answers.sum(1).double()
+    state = routing_of(model)
+    state.cutoffs = tuple(0.0 for _ in state.config.layers)
+    progress = tqdm(total=total, desc="skipped together", unit="forward", disable=True if quiet else None)
 
-            def predictions(skip: Tensor, batch: Any = batch) -> Tensor:
-                for place, router in enumerate(routers):
-                    router.skip = skip[:, place]
-                found = answer_predictions(model, batch)
-                progress.update()
-                return found
+    def predictions(batch: Batch, skip: Tensor) -> Tensor:
+        scores = torch.where(skip, -1.0, 1.0).double()
+        found = answer_predictions(model, {**batch, "scores": scores})
+        progress.update()
+        return found
 
-            dense = predictions(torch.zeros(len(these), len(routers), dtype=torch.bool))
-            for choice, skip in enumerate(skips):
-                lost = divergences(predictions(skip[these]), dense).double().cpu()
-                nats[choice, these] = nats.new_zeros(len(these)).index_add_(0, answers.nonzero()[:, 0], lost)
+    with progress:
+        try:
+            for places in batches:
+                these = [order[place] for place in places]
+                batch = Collator(0)([dict(samples[i]) for i in these])
+                answers = supervised(batch)
+                tokens[these] = answers.sum(1).double()
+                dense = predictions(batch, torch.zeros_like(skips[0][these]))
+                for choice, skip in enumerate(skips):
+                    lost = divergences(predictions(batch, skip[these]), dense).double().cpu()
+                    nats[choice, these] = nats.new_zeros(len(these)).index_add_(0, answers.nonzero()[:, 0], lost)
+        finally:
+            state.cutoffs = None
     return nats, tokens
-
-
-@contextlib.contextmanager
-def _deciding(state: ModelRouting) -> Iterator[list[_Decided]]:
-    """While it lasts, every routed layer does as it is told."""
-    own = dict(state.routers)
-    told = {layer: _Decided() for layer in state.config.layers}
-    state.routers.update(told)  # type: ignore[arg-type]
-    state.cutoffs = tuple(0.0 for _ in told)
-    try:
-        yield list(told.values())
-    finally:
-        state.routers.update(own)
-        state.cutoffs = None

@@ -35,6 +35,19 @@ def test_every_candidate_skips_as_much() -> None:
     assert skipped[0][:, :2].all() and not any(skip[:, 3].any() for skip in skipped)
 
 
+def test_scores_are_those_of_fits_that_had_not_seen_the_sample() -> None:
+    """In the order of the samples, and none of those that were not measured."""
+    (_, _, _, found) = choices(measured(), False, None, 2.0, 0.5)
+    scores = found.scores(measured(), 203)
+    assert scores.shape == (203, len(found.layers)) and scores[200:].isnan().all()
+    cutoffs = torch.tensor([found.log_price - found.routers[layer].offset for layer in found.layers])
+    for place, layer in enumerate(found.layers):
+        router = found.routers[layer]
+        assert torch.equal(scores[:200, place].flip(0) >= cutoffs[place], router.predicted >= found.log_price)
+        own = measured().inputs[:, layer].double() @ router.weight[0].double()
+        assert (scores[:200, place].flip(0) - own).abs().max() > 1e-5  # what it gives a sample it was fitted to
+
+
 def test_layers_that_were_named_are_all_that_skip() -> None:
     for each in choices(measured(), False, [1, 3], None, 0.5):
         assert each.layers == [1, 3] and each.kept == 0.5

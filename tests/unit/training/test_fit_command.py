@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from router_tuning import costs_file, selection
+from router_tuning import costs_file, fit_command, selection
 from router_tuning.cli import main
 from router_tuning.data import tokenize
 from router_tuning.loading import fitting_dtype
@@ -120,6 +120,33 @@ def test_bf16_where_it_is_fast_and_loses_nothing(
     assert fitting_dtype(base, more) == found
 
 
+def test_patches_are_for_requests_that_no_router_has_seen(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fitted and distilled on the decisions of fits without them; samples that were not measured have routers' own."""
+    seen: dict[str, list[Any]] = {}
+
+    def noted(name: str, place: int) -> None:
+        inner = getattr(fit_command, name)
+
+        def instead(*args: Any) -> Any:
+            seen[name] = [sample["scores"] for sample in args[place]]
+            return inner(*args)
+
+        monkeypatch.setattr(fit_command, name, instead)
+
+    noted("collate", 0)
+    noted("distill", 1)
+    more = ["--measured-samples", "24", "--max-samples", "30", "--distilled-samples", "30"]
+    assert main(words(base, data, tmp_path / "c", *more)) == 0
+    config = read_mod_config(tmp_path / "c")
+    shares = [float(share) for share in re.findall(r"kept by (\S+) of the requests", capsys.readouterr().out)]
+    for scores in map(torch.stack, seen.values()):
+        assert scores.shape == (30, len(config.layers)) and scores.isnan().any(1).sum() == 6
+        known = scores[~scores.isnan().any(1)]
+        assert (known >= torch.tensor(config.cutoffs)).double().mean(0).tolist() == pytest.approx(shares, abs=0.006)
+
+
 def test_patches_are_distilled_where_that_is_asked_for(
     base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,13 +228,14 @@ def test_what_was_measured_is_written_now_and_then(
     assert len(numbers) > 6 and written == [0, *seen[2::3], len(ROWS)]  # patches first, all of it last
 
 
-def test_a_gpu_is_given_more_at_once_but_no_more_than_it_holds() -> None:
+def test_a_gpu_is_given_more_at_once_but_no_more_than_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     def model(kind: str, vocabulary: int) -> Any:
         return SimpleNamespace(device=torch.device(kind), config=SimpleNamespace(vocab_size=vocabulary))
 
     assert [selection.tokens_of_a_forward(model("cpu", size)) for size in (32, 256_000)] == [2048, 2048]
-    assert selection.tokens_of_a_forward(model("cuda", 49_152)) == 5461
-    assert selection.tokens_of_a_forward(model("cuda", 256_000)) == 2048
+    for gib, vocabulary, tokens in ((64, 49_152, 9709), (64, 32, 32_768), (64, 256_000, 2048), (8, 49_152, 2048)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=gib << 30: (free, 80 << 30))
+        assert selection.tokens_of_a_forward(model("cuda", vocabulary)) == tokens
     samples = [{"input_ids": [0] * length} for length in (10, 256, 30)]
     assert (batch_size(model("cpu", 32), samples), batch_size(model("cuda", 32), samples)) == (16, 128)
     assert batch_size(model("cuda", 32), [{"input_ids": [0] * 100_000}]) == 1

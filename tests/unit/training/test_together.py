@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from router_tuning.data import IGNORED
-from router_tuning.model import attach_routers, given_prompts, load_base
+from router_tuning.data import IGNORED, Collator
+from router_tuning.layerwise import answer_predictions, supervised
+from router_tuning.model import attach_routers, given_prompts, load_base, reference_decisions
 from router_tuning.patches import collate, fit_patches
 from router_tuning.routing import routing_of
 from router_tuning.together import divergence
@@ -46,3 +47,24 @@ def test_each_request_skips_its_own(tmp_path: Path, target: str) -> None:
         dense, routed = alone(sample, [False] * 3), alone(sample, skip[number].tolist())
         assert len(dense) == tokens[number]
         assert float(nats[0, number]) == pytest.approx(float((dense.exp() * (dense - routed)).sum()), abs=1e-5)
+
+
+@torch.no_grad()
+def test_requests_without_a_score_are_decided_by_their_routers(tmp_path: Path) -> None:
+    base = tiny_model(tmp_path / "base", "llama", num_hidden_layers=4)
+    config = ModConfig.parse({"version": 2, "granularity": "attn_sequence", "layers": [0, 2], "window": 2}, "test")
+    model = load_base(base, torch.float32).eval()
+    attach_routers(model, config, {layer: torch.randn(1, model.config.hidden_size) for layer in (0, 2)})
+    batch = Collator(0)(answered(12))
+    own = answer_predictions(model, batch)
+    keep = torch.stack(list(reference_decisions(model).values()), 1)
+    answer_predictions(model, {**batch, "scores": torch.full(keep.shape, torch.nan).double()})
+    assert torch.equal(torch.stack(list(reference_decisions(model).values()), 1), keep)
+    scores = torch.where(torch.arange(12)[:, None] % 2 == 0, torch.nan, torch.where(keep, -1.0, 1.0)).double()
+    other = answer_predictions(model, {**batch, "scores": scores})
+    found = torch.stack(list(reference_decisions(model).values()), 1)
+    assert torch.equal(found[::2], keep[::2]) and torch.equal(found[1::2], ~keep[1::2])
+    rows = supervised(batch).nonzero()[:, 0]
+    same = (own - other).abs().amax(1) < 1e-6
+    assert same[rows % 2 == 0].all() and not same[rows % 2 == 1].all()
+    assert routing_of(model).scores is None
