@@ -146,7 +146,12 @@ def attention_views(context: Any, metadata: dict[str, Any], slots: dict[str, Any
 
 def replaced(common_metadata: Any, **changes: Any) -> Any:
     """`CommonAttentionMetadata` with other fields, and without what it has cached of the whole batch."""
-    return common_metadata.replace(**changes, _num_computed_tokens_cache=None, _token_to_req_indices_cache=None)
+    kind: Any = type(common_metadata)
+    assert changes.keys() <= vars(common_metadata).keys()
+    other = kind.__new__(kind)  # as its `replace`, in a tenth of the time: this runs for every layer of every step
+    vars(other).update(vars(common_metadata), _num_computed_tokens_cache=None, _token_to_req_indices_cache=None)
+    vars(other).update(changes)
+    return other
 
 
 # ---------------------------------------------------------------- KV cache and statistics

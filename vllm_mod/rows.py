@@ -123,11 +123,14 @@ class Rows:
         Row numbers are made on the host, where lengths are known: the device is not waited for. This runs for every
         layer of every step, so in numpy, whose small operations are quicker than torch's.
         """
-        mask = self.place_host.numpy() < counts[self.request_of_token_host.numpy()]
+        if self.num_tokens == self.num_requests:  # a row each
+            mask = counts > 0
+        else:
+            mask = self.place_host.numpy() < counts[self.request_of_token_host.numpy()]
         (tokens,) = mask.nonzero()
         if not with_attention:
             return Subset(torch.from_numpy(mask), *self.upload_together(tokens))
-        (active,) = counts.nonzero()
+        active = tokens if self.num_tokens == self.num_requests else counts.nonzero()[0]
         ends = self.computed_host.numpy()[active] + counts[active]
         return self.subset(torch.from_numpy(mask), tokens, active, counts[active], ends)
 
@@ -140,7 +143,7 @@ class Rows:
         ends: of each of these, how many rows it has, and how many tokens with these.
         """
         offsets = np.zeros(len(lengths) + 1, np.int32)
-        lengths.cumsum(out=offsets[1:])
+        lengths.astype(np.int32).cumsum(out=offsets[1:])  # of another type it takes three times as long
         ends = ends.astype(np.int32)
         where, of, starts, seq_lens = self.upload_together(tokens, requests, offsets, ends)
         number, total = len(requests), len(tokens)
