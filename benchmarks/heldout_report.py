@@ -6,12 +6,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .lib.common import command_line, markdown_table, progress
 
+#: What systems without patches lose is of another scale.
+_DRAWN = {"routed": "C0", "static": "C3", "random": "C7", "paper": "C2"}
 _UNITS = {"attn": "attentions", "mlp": "MLPs", "block": "layers"}
 
 
@@ -36,8 +40,8 @@ def points(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 def table(records: Sequence[Mapping[str, Any]]) -> str:
     """Markdown, in order of what is skipped."""
     header = [
-        "what is skipped", "system", "per request", "held-out requests", "nats above dense", "KL to dense",
-        "same likeliest token", "perplexity above routed",
+        "what is skipped", "result", "window", "system", "per request", "held-out requests", "nats above dense",
+        "KL to dense", "same likeliest token", "perplexity above routed",
     ]  # fmt: skip
     rows = []
     for record in records:
@@ -45,7 +49,8 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
         for row in points(record):
             routed = row["name"] == "routed"
             rows.append([
-                unit, f"**{row['name']}**" if routed else row["name"], f"{row['skipped']:.1f}", record["samples"],
+                unit, f"[{record['stem']}]({record['place']})", _window(record),
+                f"**{row['name']}**" if routed else row["name"], f"{row['skipped']:.1f}", record["samples"],
                 f"{row['nats']:.3f} ± {row['error']:.3f}", f"{row['kl']:.3f} ± {row['kl_error']:.3f}",
                 f"{row['same']:.1%}", "" if routed else f"{row['above']:.1%} ± {row['above_error']:.1%}",
             ])  # fmt: skip
@@ -64,14 +69,27 @@ def draw(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         for below, (value, error, title) in enumerate(
             (("nats", "error", "nats above dense, held-out answers"), ("kl", "kl_error", "KL to dense (nats)"))
         ):
-            for name, colour in (("routed", "C0"), ("static drop, same patches", "C3")):
-                line = sorted((r for r in rows if (r["name"] == "routed") == (name == "routed")), key=_skipped)
+            for name, colour in _DRAWN.items():
+                line = sorted((row for row in rows if _kind(row) == name), key=_skipped)
+                if not line:
+                    continue
                 x, y, e = ([row[key] for row in line] for key in ("skipped", value, error))
                 axes[below][column].errorbar(x, y, e, marker="o", capsize=3, color=colour, label=name)
             axes[below][column].set(xlabel=f"{unit} skipped", ylabel=title)
             axes[below][column].grid(alpha=0.3)
             axes[below][column].legend(fontsize="small")
     figure.savefig(path, dpi=120)
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    """`static` of `static-mlp-8`; of a system without patches its whole name."""
+    name = str(row["name"])
+    return name if " " in name else name.partition("-")[0]
+
+
+def _window(record: Mapping[str, Any]) -> int | str:
+    found: int | str = record["mod_config"].get("window", "none")
+    return found
 
 
 def _skipped(row: Mapping[str, Any]) -> float:
@@ -87,16 +105,22 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="+", help="files that `heldout` wrote")
     parser.add_argument("--output", type=Path, required=True, help="a .md file; the picture goes beside it")
     args = parser.parse_args()
-    records = [json.loads(path.read_text()) for path in args.results]
+    here = args.output.parent.resolve()
+    records = [
+        json.loads(path.read_text()) | {"stem": path.stem, "place": os.path.relpath(path.resolve(), here)}
+        for path in args.results
+    ]
     order = list(_UNITS.values())
     records.sort(key=lambda record: (order.index(_unit(record)), record["quality"]["routed"]["sublayers_skipped"]))
     picture = args.output.with_suffix(".png")
-    draw(records, picture)
+    windows = Counter(map(_window, records))
+    draw([record for record in records if _window(record) == windows.most_common(1)[0][0]], picture)
     args.output.write_text(
         "# Quality on held-out answers\n\n"
-        f"Of {', '.join(f'`{path.name}`' for path in args.results)}, which have command, machine and versions.\n\n"
+        "Command, machine and versions are in the results.\n\n"
         f"{table(records)}\n\n"
-        "± is the standard error over requests, of the paired difference where two systems are compared.\n\n"
+        "± is the standard error over requests, of the paired difference where two systems are compared. The picture "
+        "has those with patches, and the window that most have.\n\n"
         f"![nats and KL against what is skipped]({picture.name})\n"
     )
     progress(f"written: {args.output}, {picture}")

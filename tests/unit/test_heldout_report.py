@@ -23,7 +23,7 @@ def row(ratio: float, to_routed: float, skipped: float) -> dict[str, float]:
 
 def record(granularity: str, skipped: float) -> dict[str, Any]:
     quality = {"dense": row(1, 0.9, 0), "routed": row(1.1, 1, skipped), "static-4": row(1.2, 1.015, 4)}
-    return {"mod_config": {"granularity": granularity}, "samples": 77, "quality": quality}
+    return {"mod_config": {"granularity": granularity, "window": 64}, "samples": 77, "quality": quality}
 
 
 def test_nats_are_logs_of_ratios() -> None:
@@ -44,6 +44,8 @@ def test_a_page_and_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     heldout_report.main()
     lines = [line for line in output.read_text().splitlines() if "**routed**" in line]
     assert [line.split("|")[1].strip() for line in lines] == ["attentions", "attentions", "MLPs"]
-    assert [line.split("|")[3].strip() for line in lines] == ["3.9", "8.0", "5.0"]
+    assert [line.split("|")[5].strip() for line in lines] == ["3.9", "8.0", "5.0"]
+    assert [line.split("|")[2].strip() for line in lines] == ["[2](2.json)", "[1](1.json)", "[0](0.json)"]
     assert "1.5% ± 0.2%" in output.read_text() and "(page.png)" in output.read_text()
+    assert "| 64 |" in output.read_text() and "| none |" not in output.read_text()
     assert (tmp_path / "page.png").stat().st_size > 10_000
