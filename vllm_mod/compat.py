@@ -144,14 +144,19 @@ def attention_views(context: Any, metadata: dict[str, Any], slots: dict[str, Any
         context.attn_metadata, context.slot_mapping = before
 
 
+def changed(metadata: Any, **attributes: Any) -> Any:
+    """A copy with other attributes. This runs for every layer of every step: `copy.copy` takes four times as long,
+    `dataclasses.replace` ten."""
+    kind: Any = type(metadata)
+    other = kind.__new__(kind)
+    vars(other).update(vars(metadata), **attributes)
+    return other
+
+
 def replaced(common_metadata: Any, **changes: Any) -> Any:
     """`CommonAttentionMetadata` with other fields, and without what it has cached of the whole batch."""
-    kind: Any = type(common_metadata)
     assert changes.keys() <= vars(common_metadata).keys()
-    other = kind.__new__(kind)  # as its `replace`, in a tenth of the time: this runs for every layer of every step
-    vars(other).update(vars(common_metadata), _num_computed_tokens_cache=None, _token_to_req_indices_cache=None)
-    vars(other).update(changes)
-    return other
+    return changed(common_metadata, **changes, _num_computed_tokens_cache=None, _token_to_req_indices_cache=None)
 
 
 # ---------------------------------------------------------------- KV cache and statistics

@@ -14,7 +14,7 @@ from torch import Tensor
 from vllm.forward_context import ForwardContext
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from .compat import replaced
+from .compat import changed, replaced
 
 
 @dataclass
@@ -123,14 +123,12 @@ class Rows:
         Row numbers are made on the host, where lengths are known: the device is not waited for. This runs for every
         layer of every step, so in numpy, whose small operations are quicker than torch's.
         """
-        if self.num_tokens == self.num_requests:  # a row each
-            mask = counts > 0
-        else:
-            mask = self.place_host.numpy() < counts[self.request_of_token_host.numpy()]
+        a_row_each = self.num_tokens == self.num_requests
+        mask = counts > 0 if a_row_each else self.place_host.numpy() < counts[self.request_of_token_host.numpy()]
         (tokens,) = mask.nonzero()
         if not with_attention:
             return Subset(torch.from_numpy(mask), *self.upload_together(tokens))
-        active = tokens if self.num_tokens == self.num_requests else counts.nonzero()[0]
+        active = tokens if a_row_each else counts.nonzero()[0]
         ends = self.computed_host.numpy()[active] + counts[active]
         return self.subset(torch.from_numpy(mask), tokens, active, counts[active], ends)
 
@@ -169,10 +167,7 @@ class Rows:
 
 def with_table(metadata: Any, table: Tensor) -> Any:
     """A copy of `metadata`, which the layers of a step share, that reads other pages."""
-    kind: Any = type(metadata)
-    other = kind.__new__(kind)  # copy.copy takes four times as long, and this runs for every layer of every step
-    vars(other).update(vars(metadata), block_table=table)
-    return other
+    return changed(metadata, block_table=table)
 
 
 @contextmanager
