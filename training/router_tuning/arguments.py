@@ -15,7 +15,7 @@ from vllm_mod.checkpoint import BaseShape
 from vllm_mod.config import ConfigError, ModConfig, default_layers
 from vllm_mod.granularity import GRANULARITIES
 
-from .fit_arguments import FitArguments
+from .fit_arguments import FitArguments, distilled_passes, distilled_samples
 from .trainer_flags import OPTIMIZERS
 
 #: How far one AdamW step may move a score, at most, for inputs of unit size. See `default_learning_rate`.
@@ -192,6 +192,8 @@ class ExportArguments:
                   "help": "fit patches of this rank, which stand in for the dropped attentions, on the same --data (as "
                   "`router-tuning patch` does for checkpoints that are there); default, or `none`: nothing stands in"},
     )  # fmt: skip
+    distilled_samples: int = distilled_samples()
+    distilled_passes: int = distilled_passes()
     data: list[str] | None = field(
         default=None, metadata={"help": "calibration data of --drop-attention, as for train"}
     )
@@ -234,7 +236,7 @@ class CalibrateArguments:
 @dataclass
 class PatchArguments:
     """Patches for a routed or static checkpoint: a linear map and a bias that stand in for a sublayer where it is
-    skipped, fitted in closed form to what it would have added. They cost no training and no KV cache."""
+    skipped, fitted in closed form to what it would have added, then distilled. They cost no KV cache."""
 
     checkpoint: str = field(metadata={"help": "full checkpoint or router-only directory; patches it has are replaced"})
     data: list[str] = field(metadata={"help": "prompts with answers like those that will be served, as for train"})
@@ -251,6 +253,8 @@ class PatchArguments:
     max_samples: int = field(
         default=512, metadata={"help": "samples that are fitted on; a tenth of them chooses the ridge"}
     )
+    distilled_samples: int = distilled_samples()
+    distilled_passes: int = distilled_passes()
     max_length: int = field(default=1024, metadata={"help": "tokens of a sample; longer ones are truncated"})
     batch_size: int = field(default=16, metadata={"help": "samples per forward"})
     model: str | None = field(

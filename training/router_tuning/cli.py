@@ -14,7 +14,7 @@ USAGE = """usage: router-tuning COMMAND [flags]
 
 commands:
   train     tune routers on instruction data, write a full checkpoint
-  fit       the same without a gradient: measure what skipping costs, fit routers and patches to it
+  fit       routers without a gradient: measure what skipping costs, fit routers and patches to it
   export    base model + routers (or a static granularity) -> full checkpoint
   calibrate set a checkpoint's thresholds for an exact kept ratio
   patch     fit what stands in for a checkpoint's skipped sublayers

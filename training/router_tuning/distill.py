@@ -8,80 +8,123 @@ whatever becomes of it; this weighs its errors by what they do to the prediction
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import get_cosine_schedule_with_warmup
 
 from vllm_mod.config import ConfigError
 
 from .data import Collator
-from .layerwise import Batch, answer_predictions, divergences
-from .patches import HELD_OUT
+from .layerwise import Batch, HiddenStates, advance, answer_predictions, divergences
+from .model import decoder_layers
+from .patch_record import Distilled
+from .patches import HELD_OUT, chance
 from .routing import routing_of
+from .sublayers import nothing_skipped
 
 #: Samples of a step.
-_BATCH = 8
-#: Adam's, falling to zero: entries of a fitted patch are about 0.01 to 0.1.
-RATE = 1e-3
+_BATCH = 4
+#: Adam's, rising over the first of the steps and falling to zero: entries of a fitted patch are about 0.01 to 0.1.
+RATE, _RISING = 1e-3, 0.1
 
 
-@dataclass(frozen=True)
-class Distilled:
-    """Nats per answer token of the samples held out."""
-
-    before: float
-    after: float
-    #: 0 where nothing was gained: the patches are then what they were
-    steps: int
+def distilled(
+    model: Any, samples: Sequence[Mapping[str, Any]], number: int, passes: int, directory: Path
+) -> Distilled | None:
+    """The first `number` of a command's samples; None of none."""
+    return distill(model, samples[:number], directory, passes) if number else None
 
 
 def distill(
-    model: Any, samples: Sequence[Mapping[str, Any]], passes: int = 1, rate: float = RATE, quiet: bool = False
+    model: Any,
+    samples: Sequence[Mapping[str, Any]],
+    directory: Path,
+    passes: int = 1,
+    rate: float = RATE,
+    quiet: bool = False,
 ) -> Distilled:
     """Passes over `samples`, but for every tenth: these say whether it helped; if not, patches stay as they were.
 
-    model: routed, not static, in evaluation mode, with patches; its parameters are frozen. A pass costs about three
-    forwards. Raises ConfigError where a loss is not finite.
+    model: routed or static, in evaluation mode, with patches; its parameters are frozen. directory: for hidden states
+    of the dense model, in an unnamed file. It costs a forward over the samples, and about three for each pass. Raises
+    ConfigError where a loss is not finite, or memory does not do.
     """
     state = routing_of(model)
     model.requires_grad_(False)
     parameters = [parameter for patch in state.patches.values() for parameter in patch.parameters()]
     held_out, rest = _batches(samples[::HELD_OUT]), _batches([s for i, s in enumerate(samples) if i % HELD_OUT])
-    steps = [batch for number in range(passes) for batch in random.Random(number).sample(rest, len(rest))]
+    order = [i for number in range(passes) for i in random.Random(number).sample(range(len(rest)), len(rest))]
     fitted = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.Adam(parameters, lr=rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(steps))
-    progress = tqdm(total=len(steps) + 2 * len(held_out), desc="distilling patches", disable=True if quiet else None)
-    with progress:
-        before = _mean(model, held_out, progress)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(_RISING * len(order)), len(order))
+    total = 3 * len(held_out) + len(rest) + len(order)
+    progress = tqdm(total=total, desc="distilling patches", disable=True if quiet else None)
+    with progress, contextlib.closing(_Dense(model, directory)) as dense:
+        for batch in (*held_out, *rest):
+            dense.note(batch)
+            progress.update()
+        before = _mean(model, held_out, dense, progress)
         for parameter in parameters:
             parameter.requires_grad_(True)
         try:
-            for batch in steps:
-                loss = _divergences(model, batch).mean()
-                if not loss.isfinite():
-                    raise ConfigError("distilling: the loss is not finite; the base model overflows on these samples")
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(parameters, 1.0)
-                optimizer.step()
-                schedule.step()
-                progress.update()
-                progress.set_postfix_str(f"{loss.item():.3f} nats per token")
+            with chance(state, quiet=True):
+                for i in order:
+                    loss = _divergences(model, rest[i], dense.predictions(len(held_out) + i, rest[i])).mean()
+                    if not loss.isfinite():
+                        raise ConfigError(
+                            "distilling: the loss is not finite; the base model overflows on these samples"
+                        )
+                    optimizer.zero_grad()
+                    loss.backward()
+                    nn.utils.clip_grad_norm_(parameters, 1.0)
+                    optimizer.step()
+                    schedule.step()
+                    progress.update()
+                    progress.set_postfix_str(f"{loss.item():.3f} nats per token")
+        except torch.OutOfMemoryError as error:
+            longest = max(len(sample["input_ids"]) for sample in samples)
+            raise ConfigError(
+                f"distilling: {_BATCH} samples of up to {longest} tokens at a time are too many for the memory of "
+                f"{model.device}; lower --max-length, or leave patches as fitted with --distilled-samples 0"
+            ) from error
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(False)
-        after = _mean(model, held_out, progress)
+        after = _mean(model, held_out, dense, progress)
     if after < before:
-        return Distilled(before, after, len(steps))
+        return Distilled(samples=len(samples), passes=passes, before=before, after=after)
     for parameter, value in zip(parameters, fitted, strict=True):
         parameter.data.copy_(value)
-    return Distilled(before, before, 0)
+    return Distilled(samples=len(samples), passes=passes, before=before, after=before)
+
+
+class _Dense:
+    """The dense model's predictions, from the hidden states before its last layer: they are the same in each pass."""
+
+    def __init__(self, model: Any, directory: Path) -> None:
+        self._model, self._last = model, len(decoder_layers(model)) - 1
+        self._states, self._number = HiddenStates(directory), 0
+
+    def note(self, batch: Batch) -> None:
+        """The next batch."""
+        with nothing_skipped(self._model):
+            self._states.put(self._number, advance(self._model, batch, None, 0, self._last))
+        self._number += 1
+
+    def predictions(self, number: int, batch: Batch) -> Tensor:
+        """See `answer_predictions`."""
+        with nothing_skipped(self._model), torch.no_grad():
+            return answer_predictions(self._model, batch, self._states.get(number), self._last)
+
+    def close(self) -> None:
+        self._states.close()
 
 
 def _batches(samples: Sequence[Mapping[str, Any]]) -> list[Batch]:
@@ -91,21 +134,15 @@ def _batches(samples: Sequence[Mapping[str, Any]]) -> list[Batch]:
 
 
 @torch.no_grad()
-def _mean(model: Any, batches: Sequence[Batch], progress: Any) -> float:
+def _mean(model: Any, batches: Sequence[Batch], dense: _Dense, progress: Any) -> float:
     found = []
-    for batch in batches:
-        found.append(_divergences(model, batch))
-        progress.update()
+    with chance(routing_of(model), quiet=True):  # which begins anew: the same draws before and after
+        for number, batch in enumerate(batches):
+            found.append(_divergences(model, batch, dense.predictions(number, batch)))
+            progress.update()
     return float(torch.cat(found).double().mean())
 
 
-def _divergences(model: Any, batch: Batch) -> Tensor:
+def _divergences(model: Any, batch: Batch, dense: Tensor) -> Tensor:
     """KL of each answer token, float32 `[tokens]`."""
-    state = routing_of(model)
-    state.cutoffs = tuple(float("-inf") for _ in state.config.layers)
-    try:
-        with torch.no_grad():
-            dense = answer_predictions(model, batch)
-    finally:
-        state.cutoffs = None
     return divergences(answer_predictions(model, batch), dense)

@@ -21,11 +21,13 @@ from vllm_mod.tensors import Patch
 
 from .arguments import ExportArguments
 from .data import calibration_samples
+from .distill import distilled
 from .loading import measuring_dtype, on_best_device
 from .model import architecture_of_model, attach_routers, decoder_layers, load_base
 from .patch_record import PATCHES_FILE, PatchRecord
 from .patches import check_rank, collate, fit_patches, with_patch
 from .preflight import check_vocabulary, check_writable
+from .routing import routing_of
 from .selection import cheapest
 
 #: Target -> where the residual stream is read before and after it.
@@ -118,7 +120,8 @@ def dropped(
         return config, {}, {}
     attach_routers(model, config)
     fitted = fit_patches(model, batches, args.patch_rank, place)
-    record = PatchRecord.of(fitted, args.patch_rank, command, args.data, len(samples), counts.to_dict())
+    nearer = distilled(model, samples, args.distilled_samples, args.distilled_passes, place)
+    record = PatchRecord.of(fitted, args.patch_rank, command, args.data, len(samples), counts.to_dict(), nearer)
     record.report()
-    patches = {layer: found.patch for layer, found in fitted.items()}
+    patches = {layer: patch.tensors() for layer, patch in routing_of(model).patches.items()}
     return with_patch(config, args.patch_rank), patches, {PATCHES_FILE: record.to_text()}

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from vllm_mod.granularity import POLICIES
 
 
+def distilled_samples() -> Any:
+    """Of whatever fits patches."""
+    text = "on which the fitted patches are then brought nearer to the dense model's predictions"
+    return field(default=256, metadata={"help": f"samples, of --max-samples, {text}; 0: none"})
+
+
+def distilled_passes() -> Any:
+    return field(default=2, metadata={"help": "times that each of these is gone over"})
+
+
 @dataclass
 class FitArguments:
-    """Layers, routers, thresholds and patches without a gradient: what skipping costs each request is measured, layer
-    by layer; routers are fitted to predict it, and skip where it is least. It takes as many forward passes over
-    --measured-samples as half of the layers."""
+    """Layers, routers and thresholds without a gradient: what skipping costs each request is measured, layer by layer;
+    routers are fitted to predict it, and skip where it is least. It takes as many forward passes over
+    --measured-samples as half of the layers. Patches are fitted, then distilled."""
 
     model: str = field(metadata={"help": "base model: a directory, a hub name, or smollm2 (pip brings it)"})
     data: list[str] = field(metadata={"help": "prompts with answers like those that will be served, as for train"})
@@ -53,12 +64,8 @@ class FitArguments:
                   "it if the base's weights are stored so; fp32 elsewhere"},
     )  # fmt: skip
     max_samples: int = field(default=512, metadata={"help": "samples that patches are fitted on"})
-    distilled_samples: int = field(
-        default=0,
-        metadata={"help": "samples, of --max-samples, on which the fitted patches are then brought nearer to the dense "
-                  "model's predictions; 0: none"},
-    )  # fmt: skip
-    distilled_passes: int = field(default=1, metadata={"help": "times that each of these is gone over"})
+    distilled_samples: int = distilled_samples()
+    distilled_passes: int = distilled_passes()
     max_length: int = field(default=512, metadata={"help": "tokens of a sample; longer ones are truncated"})
     eval_fraction: float = field(
         default=0.02, metadata={"help": "leave out the last part of every file, for evaluation; 0: all rows"}

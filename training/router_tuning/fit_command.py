@@ -16,7 +16,7 @@ from .choice import Choice, best, choices
 from .cost_routers import saving
 from .costs_file import CostsFile, fingerprint
 from .data import calibration_samples, check_sources
-from .distill import distill
+from .distill import distilled
 from .export import base_shape
 from .fit_arguments import FitArguments
 from .hub import local_model
@@ -78,12 +78,9 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
         samples = [dict(sample) | {"scores": scores[place]} for place, sample in enumerate(samples)]
         batches = collate(samples, config, args.patch_rank, batch_size(model, samples), ", ".join(args.data))
         fitted = fit_patches(model, batches, args.patch_rank, place)
-        if args.distilled_samples:
-            nearer = distill(model, samples[: args.distilled_samples], args.distilled_passes)
-            nats = f"{nearer.before:.4f} as fitted, {nearer.after:.4f} distilled"
-            print(f"KL to the dense model on held-out answers: {nats}")
+        nearer = distilled(model, samples, args.distilled_samples, args.distilled_passes, place)
         command = next(iter(records["train_command.txt"].splitlines()))
-        record = PatchRecord.of(fitted, args.patch_rank, command, args.data, len(samples), counts.to_dict())
+        record = PatchRecord.of(fitted, args.patch_rank, command, args.data, len(samples), counts.to_dict(), nearer)
         record.report()
         with deferred():
             output = write_checkpoint(

@@ -23,6 +23,7 @@ from vllm_mod.trainer_log import LOG_FILE
 from . import card
 from .arguments import PatchArguments, check_output
 from .data import calibration_samples, check_sources
+from .distill import distilled
 from .export import shape_of
 from .interrupt import deferred
 from .loading import base_of, checkpoint_config, load_routed
@@ -32,6 +33,7 @@ from .patches import check_rank, collate, fit_patches, with_patch
 from .plot import PLOT_FILE
 from .preflight import check_vocabulary, check_writable
 from .records import ARGUMENTS_FILE
+from .routing import routing_of
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +62,10 @@ def patch(args: PatchArguments, command: str) -> tuple[PatchRecord, Path]:
     batches = collate(samples, stored, args.rank, args.batch_size, ", ".join(args.data))
     model = load_routed(directory, base, with_patch(stored, None))
     fitted = fit_patches(model, batches, args.rank, place)
-    record = PatchRecord.of(fitted, args.rank, command, args.data, len(samples), counts.to_dict())
-    config, patches = with_patch(stored, args.rank), {layer: found.patch for layer, found in fitted.items()}
+    nearer = distilled(model, samples, args.distilled_samples, args.distilled_passes, place)
+    record = PatchRecord.of(fitted, args.rank, command, args.data, len(samples), counts.to_dict(), nearer)
+    config = with_patch(stored, args.rank)
+    patches = {layer: patch.tensors() for layer, patch in routing_of(model).patches.items()}
     with deferred(), nullcontext(directory) if args.output is None else _copy(directory, output) as target:
         replace_routers(target, config, routers, patches)
         record.write(target)

@@ -25,6 +25,15 @@ class LayerRecord(Strict):
     explained: float = Field(description="share of the variance of the sublayer's output, on held-out tokens")
 
 
+class Distilled(Strict):
+    """What `distill` did to the patches that were fitted: before and after are equal where it took that back."""
+
+    samples: int = Field(ge=1)
+    passes: int = Field(ge=1)
+    before: float = Field(description="KL to the dense model on answers held out, nats per token")
+    after: float
+
+
 class PatchRecord(Strict):
     command: str | None = Field(None, description="what was typed")
     data: list[str] = Field(default_factory=list)
@@ -32,6 +41,7 @@ class PatchRecord(Strict):
     rows: dict[str, Any] = Field(default_factory=dict, description="what became of the rows of the data")
     rank: int = Field(ge=0)
     layers: dict[str, LayerRecord]
+    distilled: Distilled | None = Field(None, description="null: patches are as fitted")
 
     @classmethod
     def of(
@@ -42,13 +52,16 @@ class PatchRecord(Strict):
         data: list[str],
         samples: int,
         rows: dict[str, Any],
+        distilled: Distilled | None = None,
     ) -> PatchRecord:
         """rows: what `Counts.to_dict` says of the data."""
         layers = {
             str(layer): LayerRecord(tokens=found.tokens, ridge=found.ridge, explained=found.explained)
             for layer, found in fitted.items()
         }
-        return cls(command=command, data=list(data), samples=samples, rows=rows, rank=rank, layers=layers)
+        return cls(
+            command=command, data=list(data), samples=samples, rows=rows, rank=rank, layers=layers, distilled=distilled
+        )
 
     def to_text(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
@@ -57,10 +70,13 @@ class PatchRecord(Strict):
         replace_json(directory / PATCHES_FILE, self.model_dump(mode="json"))
 
     def report(self) -> None:
-        """One line per layer."""
+        """One line per layer, and what distillation gained."""
         for layer, found in self.layers.items():
             ridge = "" if found.ridge is None else f", ridge {found.ridge:g}"
             print(f"layer {layer:>3}: {found.explained:6.3f} of its output's variance on held-out tokens{ridge}")
+        if self.distilled is not None:
+            nats = f"{self.distilled.before:.4f} as fitted, {self.distilled.after:.4f} distilled"
+            print(f"KL to the dense model on held-out answers: {nats}")
 
 
 def section(directory: Path, config: ModConfig) -> str:
@@ -76,9 +92,17 @@ def section(directory: Path, config: ModConfig) -> str:
         ridge = "-" if found.ridge is None else f"{found.ridge:g}"
         lines.append(f"| {layer} | {found.explained:.3f} | {ridge} |")
     tokens = max(layer.tokens for layer in record.layers.values())
+    nearer = "" if record.distilled is None else f" {_nearer(record.distilled)}"
     return (
         f"## Patches\n\nOf rank {record.rank}, fitted to what the sublayers would have added, on {record.samples} "
-        f"samples ({tokens} tokens). Explained is the share of that output's variance.\n\n"
+        f"samples ({tokens} tokens). Explained is the share of that output's variance.{nearer}\n\n"
         + "\n".join(lines)
         + f"\n\n```console\n$ {record.command or 'router-tuning patch'}\n```"
+    )
+
+
+def _nearer(found: Distilled) -> str:
+    return (
+        f"Then distilled on {found.samples} of them: KL to the dense model on held-out answers {found.before:.3f} nats "
+        f"per token before, {found.after:.3f} after."
     )

@@ -113,7 +113,7 @@ def fit_patches(
     layers = state.config.layers
     state.patches.clear()
     progress = tqdm(total=2 * len(layers) * len(batches), desc="patches", unit="batch", disable=True if quiet else None)
-    with progress, contextlib.closing(HiddenStates(directory)) as states, _chance(state, quiet):
+    with progress, contextlib.closing(HiddenStates(directory)) as states, chance(state, quiet):
         for place, layer in enumerate(layers):
             progress.set_postfix_str(f"layer {layer}")
             first = layers[place - 1] if place else 0
@@ -192,7 +192,7 @@ class _Chance(nn.Module):
 
 
 @contextlib.contextmanager
-def _chance(state: ModelRouting, quiet: bool) -> Iterator[None]:
+def chance(state: ModelRouting, quiet: bool) -> Iterator[None]:
     """While it lasts, routers of zeros (which were never trained) keep what the config's target says, or half."""
     untrained = {i: r for i, r in state.routers.items() if not r.weight.any() and state.cutoff(i) == 0.0}
     kept = 0.5 if state.config.target_capacity is None else state.config.target_capacity

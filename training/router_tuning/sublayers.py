@@ -145,6 +145,16 @@ def make_skippable(module: nn.Module, mixin: Any, layer: int, routing: ModelRout
 
 
 @contextlib.contextmanager
+def nothing_skipped(model: nn.Module) -> Iterator[None]:
+    """While it lasts, the model is its base: no decision, no patch. Not for experts."""
+    with contextlib.ExitStack() as stack:
+        for module in [*model.modules()]:
+            if isinstance(module, (RoutedAttention, RoutedMLP, PostNorm)):
+                stack.enter_context(stock(module))
+        yield
+
+
+@contextlib.contextmanager
 def stock(module: nn.Module) -> Iterator[None]:
     """While it lasts, a skippable sublayer is the stock one again, which every token runs."""
     skippable: Any = type(module)

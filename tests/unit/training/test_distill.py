@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from router_tuning.distill import distill
+from router_tuning.distill import _batches, _Dense, distill
+from router_tuning.layerwise import answer_predictions
 from router_tuning.model import attach_routers, load_base
 from router_tuning.patches import collate, fit_patches, give
 from router_tuning.routing import routing_of
@@ -23,7 +24,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("distill") / "base", "llama", num_hidden_layers=4)
 
 
-def samples(number: int = 40) -> list[dict[str, Any]]:
+def samples(number: int = 160) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     found = []
     for _ in range(number):
@@ -33,13 +34,20 @@ def samples(number: int = 40) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.fixture(params=["attn", "mlp", "block"])
+GRANULARITIES = ["attn_sequence", "mlp_sequence", "block_sequence", "attn_token", "mlp_static", "block_static"]
+
+
+@pytest.fixture(params=GRANULARITIES)
 def fitted(request: pytest.FixtureRequest, base: Path, tmp_path: Path) -> Any:
-    """Layers 1 and 2 are skipped behind a window of 3 tokens, and have patches."""
-    settings = {"version": 2, "granularity": f"{request.param}_sequence", "layers": [1, 2], "window": 3}
-    config = ModConfig.parse(settings | {"cutoff": [1.0, 1.0]}, "test")
+    """Layers 1 and 2 are skipped, by requests behind a window of 3 tokens, by tokens where a router says so."""
+    settings: dict[str, Any] = {"version": 2, "granularity": request.param, "layers": [1, 2]}
+    if request.param.endswith("sequence"):
+        settings |= {"window": 3, "cutoff": [1.0, 1.0]}
+    config = ModConfig.parse(settings, "test")
     model = load_base(base, torch.float32).eval()
-    attach_routers(model, config)
+    generator = torch.Generator().manual_seed(3)
+    random = {layer: torch.randn(1, model.config.hidden_size, generator=generator) for layer in config.layers}
+    attach_routers(model, config, random if request.param == "attn_token" else None)
     fit_patches(model, collate(samples(), config, RANK, 8, "test"), RANK, tmp_path, quiet=True)
     return model
 
@@ -48,11 +56,11 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def test_predictions_come_nearer_and_nothing_else_changes(fitted: Any) -> None:
+def test_predictions_come_nearer_and_nothing_else_changes(fitted: Any, tmp_path: Path) -> None:
     before, patches = weights(fitted), {i: patch.tensors() for i, patch in routing_of(fitted).patches.items()}
-    found = distill(fitted, samples(), quiet=True)
-    assert found.steps == 5 and 0 <= found.after < found.before  # 36 samples, 8 at once
-    again = distill(fitted, samples(), rate=0.0, quiet=True)
+    found = distill(fitted, samples(), tmp_path, quiet=True)
+    assert (found.samples, found.passes) == (160, 1) and 0 <= found.after < found.before
+    again = distill(fitted, samples(), tmp_path, rate=0.0, quiet=True)
     assert again.before == pytest.approx(found.after)
     after = weights(fitted)
     assert all(torch.equal(before[name], after[name]) for name in before if "patch" not in name)
@@ -62,26 +70,75 @@ def test_predictions_come_nearer_and_nothing_else_changes(fitted: Any) -> None:
     assert routing_of(fitted).cutoffs is None
 
 
-def test_more_passes_are_more_steps_and_come_nearer(fitted: Any) -> None:
+def test_what_it_comes_nearer_to_is_the_dense_model(fitted: Any, base: Path, tmp_path: Path) -> None:
+    batches = _batches(samples())
+    dense = _Dense(fitted, tmp_path)
+    for batch in batches:
+        dense.note(batch)
+    for patch in routing_of(fitted).patches.values():
+        patch.bias.data.fill_(3.0)  # whatever becomes of the patches
+    stock = load_base(base, torch.float32).eval()
+    with torch.no_grad():
+        for number, batch in enumerate(batches):
+            logits = stock(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            expected = logits[:, :-1][batch["labels"][:, 1:] != -100].log_softmax(-1)
+            torch.testing.assert_close(dense.predictions(number, batch), expected)
+            assert not torch.allclose(answer_predictions(fitted, batch), expected, atol=1e-3)
+    dense.close()
+
+
+def test_more_passes_are_more_steps_and_come_nearer(fitted: Any, tmp_path: Path) -> None:
     state = routing_of(fitted)
     patches = {i: patch.tensors() for i, patch in state.patches.items()}
-    once = distill(fitted, samples(), quiet=True)
+    once = distill(fitted, samples(), tmp_path, quiet=True)
     for layer, patch in patches.items():
         give(state, layer, patch, fitted)
-    often = distill(fitted, samples(), passes=6, quiet=True)
-    assert often.before == once.before and often.steps == 6 * once.steps and often.after < once.after
+    often = distill(fitted, samples(), tmp_path, passes=6, quiet=True)
+    assert often.before == once.before and often.passes == 6 and often.after < once.after
 
 
-def test_what_gains_nothing_is_taken_back(fitted: Any) -> None:
+def test_what_gains_nothing_is_taken_back(fitted: Any, tmp_path: Path) -> None:
     patches = {i: patch.tensors() for i, patch in routing_of(fitted).patches.items()}
-    found = distill(fitted, samples(), rate=10.0, quiet=True)
-    assert found.steps == 0 and found.after == found.before
+    found = distill(fitted, samples(), tmp_path, rate=10.0, quiet=True)
+    assert found.after == found.before
     for layer, patch in routing_of(fitted).patches.items():
         for name in ("bias", "down", "up"):
             assert torch.equal(getattr(patch.tensors(), name), getattr(patches[layer], name))
 
 
-def test_a_base_that_overflows_is_one_line(fitted: Any) -> None:
+def test_a_base_that_overflows_is_one_line(fitted: Any, tmp_path: Path) -> None:
     fitted.model.norm.weight.data[0] = float("nan")
     with pytest.raises(ConfigError, match="not finite"):
-        distill(fitted, samples(), quiet=True)
+        distill(fitted, samples(), tmp_path, quiet=True)
+
+
+def test_routers_that_stand_have_no_say_in_a_patch(base: Path, tmp_path: Path) -> None:
+    """The patch of layer 1 changes what layer 2 decides on; its gradient is that of the decisions as they are."""
+    config = ModConfig.parse({"version": 1, "granularity": "attn_sequence", "layers": [1, 2]}, "test")
+    found = []
+    for asks in (False, True):
+        model = load_base(base, torch.float32).eval()
+        generator = torch.Generator().manual_seed(3)
+        weights = {layer: torch.randn(1, model.config.hidden_size, generator=generator) for layer in (1, 2)}
+        attach_routers(model, config, weights)
+        fit_patches(model, collate(samples(), config, RANK, 8, "test"), RANK, tmp_path, quiet=True)
+        state = routing_of(model)
+        state.cutoffs = (float("inf"), 0.0)
+        model.requires_grad_(False)
+        for router in state.routers.values():
+            router.requires_grad_(asks)
+        patch = state.patches[1].requires_grad_(True)
+        answer_predictions(model, _batches(samples())[0]).square().sum().backward()
+        found.append(patch.bias.grad)
+        assert bool(state.effects) == asks
+    assert found[0].any() and not torch.allclose(found[0], found[1])
+
+
+def test_routers_that_know_nothing_decide_by_chance(base: Path, tmp_path: Path) -> None:
+    config = ModConfig.parse({"version": 2, "granularity": "attn_sequence", "layers": [1, 2], "window": 3}, "test")
+    model = load_base(base, torch.float32).eval()
+    attach_routers(model, config)
+    fit_patches(model, collate(samples(), config, RANK, 8, "test"), RANK, tmp_path, quiet=True)
+    found = distill(model, samples(), tmp_path, passes=3, quiet=True)
+    assert 0 < found.after < found.before
+    assert not any(router.weight.any() for router in routing_of(model).routers.values())

@@ -136,7 +136,7 @@ def test_patches_are_for_requests_that_no_router_has_seen(
         monkeypatch.setattr(fit_command, name, instead)
 
     noted("collate", 0)
-    noted("distill", 1)
+    noted("distilled", 1)
     more = ["--measured-samples", "24", "--max-samples", "30", "--distilled-samples", "30"]
     assert main(words(base, data, tmp_path / "c", *more)) == 0
     config = read_mod_config(tmp_path / "c")
@@ -147,13 +147,13 @@ def test_patches_are_for_requests_that_no_router_has_seen(
         assert (known >= torch.tensor(config.cutoffs)).double().mean(0).tolist() == pytest.approx(shares, abs=0.006)
 
 
-def test_patches_are_distilled_where_that_is_asked_for(
+def test_patches_are_distilled_but_where_they_shall_not_be(
     base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     written = []
-    for more in ([], ["--distilled-samples", "40"]):
-        assert main(words(base, data, tmp_path / f"c{len(more)}", *more)) == 0
-        written.append(load_file(tmp_path / f"c{len(more)}/routers.safetensors"))
+    for number in ("0", "40"):
+        assert main(words(base, data, tmp_path / number, "--distilled-samples", number)) == 0
+        written.append(load_file(tmp_path / number / "routers.safetensors"))
     said = re.search(r"answers: (\S+) as fitted, (\S+) distilled", capsys.readouterr().out)
     assert said is not None and float(said[2]) <= float(said[1])
     assert written[0].keys() == written[1].keys()

@@ -71,9 +71,12 @@ def test_in_place(routed, base_dir, data_file, capsys, granularity):
     assert content(base_dir) == base
     record, printed = read_json(checkpoint / "patches.json"), capsys.readouterr().out
     assert (record["samples"], record["rank"], set(record["layers"])) == (30, 3, {"1", "2", "3"})
+    assert (nearer := record["distilled"])["samples"] == 30 and 0 < nearer["after"] <= nearer["before"]
+    assert f"{nearer['before']:.4f} as fitted, {nearer['after']:.4f} distilled" in printed
     assert all(layer["ridge"] in ridge.RIDGES and layer["explained"] < 1 for layer in record["layers"].values())
     assert "layer   2:" in printed and f"written: {checkpoint}" in printed
-    assert "## Patches\n\nOf rank 3, fitted" in (checkpoint / "README.md").read_text()
+    assert "## Patches\n\nOf rank 3, fitted" in (card := (checkpoint / "README.md").read_text())
+    assert "Then distilled on 30 of them" in card
     assert oct((checkpoint / "routers.safetensors").stat().st_mode & 0o777) == "0o644"
 
 
