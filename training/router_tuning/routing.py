@@ -128,7 +128,10 @@ class ModelRouting:
 
     def decide(self, layer: int, x: Tensor) -> Decision:
         """x: `[B, T, hidden]`, the sublayer's normed input. Scores it, decides, and remembers the decision."""
-        score = self.routers[layer](x)
+        router = self.routers[layer]
+        if not any(weight.requires_grad for weight in router.parameters()):
+            x = x.detach()  # a decision that stands has no gradient, whatever comes before it
+        score = router(x)
         if self.config.policy.by_token:
             return self.decide_on(layer, score)
         deciding = self.deciding(score.shape, score.device)
