@@ -22,6 +22,7 @@ from router_tuning.model import (
     reference_logits,
     router_weights,
 )
+from router_tuning.sublayers import nothing_skipped
 from tests.support.architectures import DENSE, EXPERTS
 from tests.support.models import routed_checkpoint, tiny_model
 from vllm_mod.checkpoint import BaseShape, read_json
@@ -119,6 +120,20 @@ def test_a_patch_is_added_to_the_residual_stream(bases: dict[str, Path], tmp_pat
     added = patch(seen[f"{begin}, normed"])
     torch.testing.assert_close(seen[end] - seen[begin], added, atol=1e-5, rtol=1e-5)
     assert added.norm() > 0.1 * seen[begin].norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("granularity", [*DYNAMIC, "attn_static", "mlp_static", "block_static"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_base_is_there_below_what_skips(bases: dict[str, Path], tmp_path: Path, name: str, granularity: str):
+    checkpoint = routed_checkpoint(
+        bases[name], tmp_path / "c", granularity, ROUTED, version=2, patch={"rank": 3}, seed=3
+    )
+    model = load_reference(checkpoint)
+    skipping = model(IDS, use_cache=False).logits
+    with nothing_skipped(model):
+        assert torch.equal(model(IDS, use_cache=False).logits, stock(bases[name])(IDS, use_cache=False).logits)
+    assert torch.equal(model(IDS, use_cache=False).logits, skipping)
 
 
 @torch.no_grad()
