@@ -23,7 +23,7 @@ from vllm_mod.tensors import Patch
 #: Numbers of a parameter that tell it from another one's.
 _TOLD_BY = 64
 #: Seconds of measuring that a killed process may lose.
-_AT_RISK = 30.0
+AT_RISK = 30.0
 #: Before the names of patches' tensors.
 _PATCH = "patch."
 
@@ -90,7 +90,7 @@ class CostsFile:
 
     def write_now_and_then(self) -> None:
         """What is known by now, unless it was written a moment ago: the file grows with what was measured."""
-        if time.monotonic() - self._written >= _AT_RISK:
+        if time.monotonic() - self._written >= AT_RISK:
             self.write()
 
     @contextlib.contextmanager

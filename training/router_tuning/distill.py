@@ -22,12 +22,14 @@ from transformers import get_cosine_schedule_with_warmup
 from vllm_mod.config import ConfigError
 
 from .data import Collator
+from .interrupt import deferred
 from .layerwise import Batch, HiddenStates, advance, answer_predictions, divergences
 from .model import decoder_layers
 from .patch_record import Distilled
 from .patches import HELD_OUT, chance
 from .routing import routing_of
 from .sublayers import nothing_skipped
+from .unfinished import Unfinished
 
 #: Samples of a step.
 _BATCH = 4
@@ -36,10 +38,15 @@ RATE, _RISING = 1e-3, 0.1
 
 
 def distilled(
-    model: Any, samples: Sequence[Mapping[str, Any]], number: int, passes: int, directory: Path
+    model: Any,
+    samples: Sequence[Mapping[str, Any]],
+    number: int,
+    passes: int,
+    directory: Path,
+    file: Unfinished | None = None,
 ) -> Distilled | None:
     """The first `number` of a command's samples; None of none."""
-    return distill(model, samples[:number], directory, passes) if number else None
+    return distill(model, samples[:number], directory, passes, file=file) if number else None
 
 
 def distill(
@@ -49,12 +56,14 @@ def distill(
     passes: int = 1,
     rate: float = RATE,
     quiet: bool = False,
+    file: Unfinished | None = None,
 ) -> Distilled:
     """Passes over `samples`, but for every tenth: these say whether it helped; if not, patches stay as they were.
 
     model: routed or static, in evaluation mode, with patches; its parameters are frozen. directory: for hidden states
-    of the dense model, in an unnamed file. It costs a forward over the samples, and about three for each pass. Raises
-    ConfigError where a loss is not finite, or memory does not do.
+    of the dense model, in an unnamed file. file: steps that it has are not taken again, and what is done goes there. It
+    costs a forward over the samples, and about three for each pass. Raises ConfigError where a loss is not finite, or
+    memory does not do.
     """
     state = routing_of(model)
     model.requires_grad_(False)
@@ -62,30 +71,35 @@ def distill(
     held_out, rest = _batches(samples[::HELD_OUT]), _batches([s for i, s in enumerate(samples) if i % HELD_OUT])
     order = [i for number in range(passes) for i in random.Random(number).sample(range(len(rest)), len(rest))]
     fitted = [parameter.detach().clone() for parameter in parameters]
-    optimizer = torch.optim.Adam(parameters, lr=rate)
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(_RISING * len(order)), len(order))
-    total = 3 * len(held_out) + len(rest) + len(order)
-    progress = tqdm(total=total, desc="distilling patches", disable=True if quiet else None)
+    steps = _Steps(parameters, rate, len(order))
+    known = None if file is None else file.distillation
+    done = 0 if known is None else known["done"]
+    total = (2 if known is None else 1) * len(held_out) + len(held_out) + len(rest) + len(order)
+    progress = tqdm(total=total, initial=done, desc="distilling patches", disable=True if quiet else None)
     with progress, contextlib.closing(_Dense(model, directory)) as dense:
         for batch in (*held_out, *rest):
             dense.note(batch)
             progress.update()
-        before = _mean(model, held_out, dense, progress)
+        before = known["before"] if known is not None else _mean(model, held_out, dense, progress)
+        if known is not None:
+            steps.load(known["steps"])
         for parameter in parameters:
             parameter.requires_grad_(True)
         try:
             with chance(state, quiet=True):
-                for i in order:
+                for place, i in enumerate(order[done:], done):
                     loss = _divergences(model, rest[i], dense.predictions(len(held_out) + i, rest[i])).mean()
                     if not loss.isfinite():
                         raise ConfigError(
                             "distilling: the loss is not finite; the base model overflows on these samples"
                         )
-                    optimizer.zero_grad()
+                    steps.clear()
                     loss.backward()
-                    nn.utils.clip_grad_norm_(parameters, 1.0)
-                    optimizer.step()
-                    schedule.step()
+                    with deferred():  # a step is taken whole, or not at all
+                        steps.take()
+                        if file is not None:
+                            file.distillation = {"done": place + 1, "before": before, "steps": steps.state()}
+                            file.write_now_and_then()
                     progress.update()
                     progress.set_postfix_str(f"{loss.item():.3f} nats per token")
         except torch.OutOfMemoryError as error:
@@ -103,6 +117,38 @@ def distill(
     for parameter, value in zip(parameters, fitted, strict=True):
         parameter.data.copy_(value)
     return Distilled(samples=len(samples), passes=passes, before=before, after=before)
+
+
+class _Steps:
+    """Adam's, of patches' parameters."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], rate: float, number: int) -> None:
+        self._parameters = parameters
+        self._optimizer = torch.optim.Adam(parameters, lr=rate)
+        self._schedule = get_cosine_schedule_with_warmup(self._optimizer, round(_RISING * number), number)
+
+    def clear(self) -> None:
+        self._optimizer.zero_grad()
+
+    def take(self) -> None:
+        nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._optimizer.step()
+        self._schedule.step()
+
+    def state(self) -> dict[str, Any]:
+        """What `load` takes; its tensors are those of the next step, too."""
+        return {
+            "parameters": [parameter.detach() for parameter in self._parameters],
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Any]) -> None:
+        for parameter, value in zip(self._parameters, state["parameters"], strict=True):
+            parameter.copy_(value)
+        self._optimizer.load_state_dict(dict(state["optimizer"]))
+        self._schedule.load_state_dict(dict(state["schedule"]))
 
 
 class _Dense:

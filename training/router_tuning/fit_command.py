@@ -28,6 +28,7 @@ from .patches import batch_size, check_rank, collate, fit_patches, with_patch
 from .preflight import check_vocabulary, check_writable
 from .routing import routing_of
 from .selection import Measured, every_layer, measure, report
+from .unfinished import Unfinished
 
 #: Fewer say nothing about how requests differ.
 _FEWEST = 16
@@ -60,12 +61,18 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
     place = check_writable(Path(args.output), Path(args.output).absolute().parent)
     check_writable(_costs_path(args), _costs_path(args).absolute().parent)
     model = on_best_device(load_base(base, dtype).eval())
-    costs = CostsFile(_costs_path(args), fingerprint(model, samples, target, window, args.patch_rank))
-    with costs.named_on_interrupt():
+    belongs_to = fingerprint(model, samples, target, window, args.patch_rank)
+    costs = CostsFile(_costs_path(args), belongs_to)
+    unfinished = Unfinished(_beside(args.output, "unfinished"), belongs_to | {"flags": _flags(args)})
+    with costs.named_on_interrupt(), unfinished.named_on_interrupt():
         number, rank = args.measured_samples, args.patch_rank
         measured = measure(model, samples, shape, target, window, rank, place, number, file=costs)
         kept = _DEFAULT_KEPT if args.target_capacity is None else args.target_capacity
-        choice = best(model, samples, measured, choices(measured, args.static, named, args.skip, kept))
+        found = choices(measured, args.static, named, args.skip, kept)
+        known = [choice for choice in found if str(choice) == unfinished.choice]
+        choice = known[0] if known else best(model, samples, measured, found)
+        unfinished.choice = str(choice)
+        unfinished.write()
         del model
         report(measured.costs(), choice.layers)
         config = _config(args, measured, choice, window)
@@ -77,8 +84,8 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
         scores = choice.scores(measured, len(samples))
         samples = [dict(sample) | {"scores": scores[place]} for place, sample in enumerate(samples)]
         batches = collate(samples, config, args.patch_rank, batch_size(model, samples), ", ".join(args.data))
-        fitted = fit_patches(model, batches, args.patch_rank, place)
-        nearer = distilled(model, samples, args.distilled_samples, args.distilled_passes, place)
+        fitted = fit_patches(model, batches, args.patch_rank, place, file=unfinished)
+        nearer = distilled(model, samples, args.distilled_samples, args.distilled_passes, place, unfinished)
         command = next(iter(records["train_command.txt"].splitlines()))
         record = PatchRecord.of(fitted, args.patch_rank, command, args.data, len(samples), counts.to_dict(), nearer)
         record.report()
@@ -92,6 +99,7 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
                 patches={layer: patch.tensors(stored) for layer, patch in routing_of(model).patches.items()},
             )
             card.write(output)
+            unfinished.remove()
             if args.costs is None:
                 costs.remove()
     return output
@@ -99,8 +107,17 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
 
 def _costs_path(args: FitArguments) -> Path:
     """Beside the output, unless it was named."""
-    output = Path(args.output)
-    return output.with_name(f"{output.name}.costs.safetensors") if args.costs is None else Path(args.costs)
+    return _beside(args.output, "costs.safetensors") if args.costs is None else Path(args.costs)
+
+
+def _beside(output: str, ending: str) -> Path:
+    return Path(output).with_name(f"{Path(output).name}.{ending}")
+
+
+def _flags(args: FitArguments) -> str:
+    """Those on which patches depend, and costs do not."""
+    names = ("layers", "target_capacity", "skip", "static", "measured_samples", "distilled_samples", "distilled_passes")
+    return repr([getattr(args, name) for name in names])
 
 
 def _checked(args: FitArguments) -> tuple[str, int]:

@@ -25,6 +25,7 @@ from .data import Collator
 from .layerwise import Batch, HiddenStates, advance, requests_of, sublayer
 from .ridge import Fitted, Moments, TooLowRank, fit
 from .routing import LinearPatch, ModelRouting, routing_of
+from .unfinished import Unfinished
 
 log = logging.getLogger(__name__)
 
@@ -101,29 +102,37 @@ def fit_patches(
     directory: Path,
     quiet: bool = False,
     kept_weight: float = KEPT_WEIGHT,
+    file: Unfinished | None = None,
 ) -> dict[int, Fitted]:
     """Fit a patch for every routed layer of a model in evaluation mode, give it to the model, and return them all.
 
     What patches the model has are replaced. batches: see `collate`. Hidden states are kept in an unnamed file in
-    `directory`. kept_weight: what a token of a request that keeps the sublayer counts, where requests decide. It costs
-    about two forward passes over the data. Raises ConfigError, with the model's patches as far as they were fitted,
+    `directory`. kept_weight: what a token of a request that keeps the sublayer counts, where requests decide. file:
+    patches that it has, of the first layers, are not fitted again, and what is fitted goes there. It costs about two
+    forward passes over the data. Raises ConfigError, with the model's patches as far as they were fitted,
     where activations are not finite or differ in fewer directions than the rank.
     """
-    state, fitted = routing_of(model), dict[int, Fitted]()
-    layers = state.config.layers
+    state = routing_of(model)
+    fitted = {} if file is None else file.fitted
     state.patches.clear()
-    progress = tqdm(total=2 * len(layers) * len(batches), desc="patches", unit="batch", disable=True if quiet else None)
+    for layer, found in fitted.items():
+        give(state, layer, found.patch, model)
+    known, layers = len(fitted), state.config.layers
+    total = 2 * (len(layers) - known) * len(batches)
+    progress = tqdm(total=total, desc="patches", unit="batch", disable=True if quiet else None)
     with progress, contextlib.closing(HiddenStates(directory)) as states, chance(state, quiet):
-        for place, layer in enumerate(layers):
+        for place, layer in enumerate(layers[known:], known):
             progress.set_postfix_str(f"layer {layer}")
-            first = layers[place - 1] if place else 0
+            first = layers[place - 1] if place > known else 0
             for number, batch in enumerate(batches):
-                before = states.get(number) if place else None
+                before = states.get(number) if place > known else None
                 states.put(number, advance(model, batch, before, first, layer))
                 progress.update()
             moments = _moments(model, batches, states, layer, kept_weight, progress)
             fitted[layer] = _fitted(layer, *moments, rank)
             give(state, layer, fitted[layer].patch, model)
+            if file is not None:
+                file.write_now_and_then()
     return fitted
 
 

@@ -1,0 +1,111 @@
+"""A `fit` that was interrupted behind its measurement: what it goes on from, and that the result is the same."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from router_tuning import distill, fit_command, patches, unfinished
+from router_tuning.cli import main
+from tests.unit.training.test_fit_command import ROWS, base, data, words
+
+__all__ = ["base", "data"]  # fixtures
+MORE = ("--layers", "0-3", "--target-capacity", "0.4", "--distilled-passes", "3")
+#: Nine tenths of the samples, four at once, three times.
+STEPS = 3 * -(-(len(ROWS) - len(ROWS[::10])) // 4)
+
+
+def routers(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "routers.safetensors")
+
+
+def same(one: Path, other: Path) -> bool:
+    found = routers(one), routers(other)
+    return found[0].keys() == found[1].keys() and all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.fixture(scope="module")
+def whole(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("whole") / "c"
+    assert main(words(base, data, output, *MORE)) == 0
+    return output
+
+
+def calls(monkeypatch: pytest.MonkeyPatch, where: Any, name: str, stop_at: int | None = None) -> list[Any]:
+    """Notes each call; Ctrl-C comes with call `stop_at`."""
+    found: list[Any] = []
+    inner = getattr(where, name)
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        if len(found) == stop_at:
+            raise KeyboardInterrupt
+        found.append(args)
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(where, name, noted)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "stop_at", "said"),
+    [
+        (patches, "_moments", 6, "2 patches are in"),  # four are of the measurement
+        (distill._Dense, "note", 3, "4 patches are in"),
+        (distill._Steps, "clear", 0, "4 patches are in"),
+        (distill._Steps, "clear", 7, "4 patches and 7 steps of their distillation are in"),
+        (distill._Steps, "take", 7, "4 patches and 7 steps of their distillation are in"),
+    ],
+)
+def test_it_goes_on(
+    base: Path, data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], where: Any, name: str, stop_at: int, said: str,
+) -> None:  # fmt: skip
+    command, file = words(base, data, tmp_path / "c", *MORE), tmp_path / "c.unfinished"
+    with monkeypatch.context() as patch:
+        calls(patch, where, name, stop_at)
+        assert main(command) == 130
+    assert f"{said} {file}; the same command goes on" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists() and file.is_file()
+    again = [calls(monkeypatch, *what) for what in ((fit_command, "best"), (patches, "_moments"))]
+    steps = calls(monkeypatch, distill._Steps, "take")
+    assert main(command) == 0
+    assert [len(found) for found in again] == [0, 2 if name == "_moments" else 0]
+    assert len(steps) == STEPS - (7 if "steps" in said else 0)
+    assert same(tmp_path / "c", whole) and [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_one_of_other_flags_is_begun_anew(
+    base: Path, data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        calls(patch, distill._Steps, "take", 3)
+        assert main(words(base, data, tmp_path / "c", *MORE, "--static")) == 130
+    assert main(words(base, data, tmp_path / "c", *MORE)) == 0
+    assert same(tmp_path / "c", whole)
+
+
+def test_one_that_cannot_be_read_is_begun_anew(
+    base: Path, data: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "c.unfinished").write_bytes(b"PK\x03\x04 half of it")
+    assert main(words(base, data, tmp_path / "c", *MORE)) == 0
+    assert "c.unfinished cannot be read, and is begun anew" in caplog.text
+    assert same(tmp_path / "c", whole) and not (tmp_path / "c.unfinished").exists()
+
+
+def test_a_killed_one_loses_half_a_minute(
+    base: Path, data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unfinished, "AT_RISK", 0.0)
+    monkeypatch.setattr(unfinished.Unfinished, "named_on_interrupt", lambda _: nullcontext())  # nothing is written then
+    with monkeypatch.context() as patch:
+        calls(patch, distill._Steps, "take", 5)
+        assert main(words(base, data, tmp_path / "c", *MORE)) == 130
+    again = calls(monkeypatch, distill._Steps, "take")
+    assert main(words(base, data, tmp_path / "c", *MORE)) == 0
+    assert len(again) == STEPS - 5 and same(tmp_path / "c", whole)
