@@ -6,6 +6,7 @@ Which choice was best, patches that are fitted, and the steps that distilled the
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import pickle
 import sys
@@ -59,9 +60,11 @@ class Unfinished:
     def write(self) -> None:
         """All of it, in one step. Raises ConfigError."""
         fitted = {layer: vars(found) | {"patch": dict(vars(found.patch))} for layer, found in self.fitted.items()}
-        with replacing(self.path) as (temporary,):
-            stored = {"choice": self.choice, "fitted": fitted, "distillation": self.distillation}
-            torch.save(stored | {"belongs_to": self.belongs_to}, temporary)
+        stored = {"choice": self.choice, "fitted": fitted, "distillation": self.distillation}
+        torch.save(stored | {"belongs_to": self.belongs_to}, content := io.BytesIO())
+        with replacing(self.path) as (temporary,):  # torch would not say what the system says of a full disk
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(content.getbuffer())
         self._written = time.monotonic()
 
     def write_now_and_then(self) -> None:

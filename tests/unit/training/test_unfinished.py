@@ -98,6 +98,23 @@ def test_one_that_cannot_be_read_is_begun_anew(
     assert same(tmp_path / "c", whole) and not (tmp_path / "c.unfinished").exists()
 
 
+def test_it_lies_beside_an_output_in_a_new_directory(
+    base: Path,
+    data: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = words(base, data, tmp_path / "new/deep/c", *MORE, "--costs", str(tmp_path / "costs.safetensors"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert main(command) == 2
+    assert "c.unfinished: cannot be written: [Errno 28] No space left" in capsys.readouterr().err
+    assert main(command) == 0
+    assert same(tmp_path / "new/deep/c", whole) and [path.name for path in (tmp_path / "new/deep").iterdir()] == ["c"]
+
+
 def test_a_killed_one_loses_half_a_minute(
     base: Path, data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
