@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vllm_mod.config import ConfigError
-from vllm_mod.files import replacing
 from vllm_mod.tensors import Patch
+
+from .kept_file import KeptFile
 
 #: Numbers of a parameter that tell it from another one's.
 _TOLD_BY = 64
-#: Seconds of measuring that a killed process may lose.
-AT_RISK = 30.0
 #: Before the names of patches' tensors.
 _PATCH = "patch."
 
@@ -45,17 +41,16 @@ class Rows:
         return Rows(**{name: torch.cat([mine, vars(more)[name]]) for name, mine in vars(self).items()})
 
 
-class CostsFile:
+class CostsFile(KeptFile):
     """A safetensors file with `Rows` and the patches they were measured with; its metadata say what they belong to."""
 
     def __init__(self, path: Path, belongs_to: Mapping[str, str]) -> None:
         """belongs_to: name -> value, see `fingerprint`. Raises ConfigError if the file is of anything else."""
-        self.path, self.belongs_to = path, dict(belongs_to)
+        super().__init__(path, belongs_to)
         #: None: nothing was measured yet
         self.rows: Rows | None = None
         #: per layer; empty where none were fitted
         self.patches: dict[int, Patch] = {}
-        self._written = time.monotonic()
         if path.exists():
             self._read()
 
@@ -83,31 +78,11 @@ class CostsFile:
         tensors = {} if self.rows is None else dict(vars(self.rows))
         for layer, patch in self.patches.items():
             tensors |= {f"{_PATCH}{layer}.{part}": found for part, found in vars(patch).items() if found is not None}
-        with replacing(self.path) as (temporary,):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary, metadata=self.belongs_to)
-        self._written = time.monotonic()
+        self._replace(lambda path: save_file(tensors, path, metadata=self.belongs_to))
 
-    def write_now_and_then(self) -> None:
-        """What is known by now, unless it was written a moment ago: the file grows with what was measured."""
-        if time.monotonic() - self._written >= AT_RISK:
-            self.write()
-
-    @contextlib.contextmanager
-    def named_on_interrupt(self) -> Iterator[None]:
-        try:
-            yield
-        except KeyboardInterrupt:
-            if self.rows is not None or self.patches:
-                self.write()
-                number = 0 if self.rows is None else len(self.rows.sample)
-                print(
-                    f"costs of {number} samples are in {self.path}; the same command goes on from it", file=sys.stderr
-                )
-            raise
-
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
+    def contents(self) -> str:
+        number = 0 if self.rows is None else len(self.rows.sample)
+        return f"costs of {number} samples" if self.rows is not None or self.patches else ""
 
 
 def fingerprint(

@@ -74,14 +74,17 @@ def distill(
     steps = _Steps(parameters, rate, len(order))
     known = None if file is None else file.distillation
     done = 0 if known is None else known["done"]
-    total = (2 if known is None else 1) * len(held_out) + len(held_out) + len(rest) + len(order)
-    progress = tqdm(total=total, initial=done, desc="distilling patches", disable=True if quiet else None)
+    total = 3 * len(held_out) + len(rest) + len(order)
+    initial = 0 if known is None else done + len(held_out)
+    progress = tqdm(total=total, initial=initial, desc="distilling patches", disable=True if quiet else None)
     with progress, contextlib.closing(_Dense(model, directory)) as dense:
         for batch in (*held_out, *rest):
             dense.note(batch)
             progress.update()
-        before = known["before"] if known is not None else _mean(model, held_out, dense, progress)
-        if known is not None:
+        if known is None:
+            before = _mean(model, held_out, dense, progress)
+        else:
+            before = known["before"]
             steps.load(known["steps"])
         for parameter in parameters:
             parameter.requires_grad_(True)

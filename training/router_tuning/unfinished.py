@@ -5,40 +5,35 @@ Which choice was best, patches that are fitted, and the steps that distilled the
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
 import pickle
-import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vllm_mod.files import replacing
 from vllm_mod.tensors import Patch
 
-from .costs_file import AT_RISK
+from .kept_file import KeptFile
 from .ridge import Fitted
 
 log = logging.getLogger(__name__)
 
 
-class Unfinished:
+class Unfinished(KeptFile):
     """Its attributes change between steps alone, so they can be written whenever a step is interrupted."""
 
     def __init__(self, path: Path, belongs_to: Mapping[str, str]) -> None:
         """belongs_to: name -> value, whatever it depends on. A file of anything else is one that another command left
         behind, and is written over."""
-        self.path, self.belongs_to = path, dict(belongs_to)
+        super().__init__(path, belongs_to)
         #: which of the choices, in words
         self.choice: str | None = None
         self.fitted: dict[int, Fitted] = {}
         #: see `distill`
         self.distillation: dict[str, Any] | None = None
-        self._written = time.monotonic()
         if path.exists():
             self._read()
 
@@ -62,27 +57,11 @@ class Unfinished:
         fitted = {layer: vars(found) | {"patch": dict(vars(found.patch))} for layer, found in self.fitted.items()}
         stored = {"choice": self.choice, "fitted": fitted, "distillation": self.distillation}
         torch.save(stored | {"belongs_to": self.belongs_to}, content := io.BytesIO())
-        with replacing(self.path) as (temporary,):  # torch would not say what the system says of a full disk
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(content.getbuffer())
-        self._written = time.monotonic()
+        # Not to the file itself: torch would not say what the system says of a full disk.
+        self._replace(lambda path: path.write_bytes(content.getbuffer()))
 
-    def write_now_and_then(self) -> None:
-        """A killed process loses no more than half a minute."""
-        if time.monotonic() - self._written >= AT_RISK:
-            self.write()
-
-    @contextlib.contextmanager
-    def named_on_interrupt(self) -> Iterator[None]:
-        try:
-            yield
-        except KeyboardInterrupt:
-            if self.choice is not None:
-                self.write()
-                steps = 0 if self.distillation is None else self.distillation["done"]
-                what = f"{len(self.fitted)} patches" + (f" and {steps} steps of their distillation" if steps else "")
-                print(f"{what} are in {self.path}; the same command goes on from it", file=sys.stderr)
-            raise
-
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
+    def contents(self) -> str:
+        if self.choice is None:
+            return ""
+        steps = 0 if self.distillation is None else self.distillation["done"]
+        return f"{len(self.fitted)} patches" + (f" and {steps} steps of their distillation" if steps else "")

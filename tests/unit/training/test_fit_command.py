@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from router_tuning import costs_file, fit_command, selection
+from router_tuning import costs_file, fit_command, kept_file, selection
 from router_tuning.cli import main
 from router_tuning.data import tokenize
 from router_tuning.loading import fitting_dtype
@@ -221,7 +221,7 @@ def test_what_was_measured_is_written_now_and_then(
 
     clock = iter(range(0, 10**6, 11))  # every look is 11 seconds later
     monkeypatch.setattr(costs_file.CostsFile, "write", noted)
-    monkeypatch.setattr(costs_file.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(kept_file.time, "monotonic", lambda: float(next(clock)))
     numbers = measuring(monkeypatch)
     assert main(words(base, data, tmp_path / "c")) == 0
     seen = [sum(numbers[: place + 1]) for place in range(len(numbers))]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from router_tuning import distill, fit_command, patches, unfinished
+from router_tuning import distill, fit_command, kept_file, patches, unfinished
 from router_tuning.cli import main
 from tests.unit.training.test_fit_command import ROWS, base, data, words
 
@@ -118,7 +118,7 @@ def test_it_lies_beside_an_output_in_a_new_directory(
 def test_a_killed_one_loses_half_a_minute(
     base: Path, data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unfinished, "AT_RISK", 0.0)
+    monkeypatch.setattr(kept_file, "AT_RISK", 0.0)
     monkeypatch.setattr(unfinished.Unfinished, "named_on_interrupt", lambda _: nullcontext())  # nothing is written then
     with monkeypatch.context() as patch:
         calls(patch, distill._Steps, "take", 5)
