@@ -25,8 +25,9 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.zeros(rows, hidden_size, dtype=torch.float32, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: `[B, T, hidden]` -> scores `w . x`, float32 `[B, T]`."""
-        return token_scores(x, self.weight)
+        """x: `[B, T, hidden]` -> scores `w . x`, float32 `[B, T]`; frozen, it gives x no gradient either."""
+        # A decision that stands is not to be moved through what comes before it.
+        return token_scores(x if self.weight.requires_grad else x.detach(), self.weight)
 
 
 class LinearPatch(nn.Module):
@@ -128,10 +129,7 @@ class ModelRouting:
 
     def decide(self, layer: int, x: Tensor) -> Decision:
         """x: `[B, T, hidden]`, the sublayer's normed input. Scores it, decides, and remembers the decision."""
-        router = self.routers[layer]
-        if not any(weight.requires_grad for weight in router.parameters()):
-            x = x.detach()  # a decision that stands has no gradient, whatever comes before it
-        score = router(x)
+        score = self.routers[layer](x)
         if self.config.policy.by_token:
             return self.decide_on(layer, score)
         deciding = self.deciding(score.shape, score.device)
