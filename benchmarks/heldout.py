@@ -1,6 +1,6 @@
 """What routing costs on held-out data, beside whatever it is to be compared with: perplexity of the answers, KL to the
-dense model's predictions, how often the likeliest token is the same, sublayers skipped, and the kept ratio that the
-engine really had on the same prompts.
+dense model's predictions, how often the likeliest token is the same, sublayers that a request and that an answer token
+skip on average, and the kept ratio that the engine really had on the same prompts.
 
 All but the last are the float32 reference's (the engine equals it, see tests/parity); decisions are taken from the
 prompt alone, as they are when a request is served. The kept ratio is read from the engine's own counters. Errors of
@@ -75,6 +75,7 @@ def summary(found: Answers, answers: Mapping[str, Answers], counts: Tensor) -> d
         "kl_above_routed_standard_error": round(above_error, 4),
         "same_token": round(mean_per_token(found.same, counts)[0], 4),
         "sublayers_skipped": round(float(found.skipped.mean()), 3),
+        "sublayers_skipped_by_token": round(mean_per_token(found.skipped * counts, counts)[0], 3),
     }
 
 

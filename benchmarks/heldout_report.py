@@ -28,7 +28,9 @@ def points(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         ratio, above = row["ratio_to_dense"], row["ratio_to_routed"]
         rows.append({
             "name": name,
-            "skipped": row["sublayers_skipped"],
+            # Results of older versions have it by request only.
+            "skipped": row.get("sublayers_skipped_by_token", row["sublayers_skipped"]),
+            "by": "token" if "sublayers_skipped_by_token" in row else "request",
             "nats": math.log(ratio), "error": row["ratio_to_dense_standard_error"] / ratio,
             "kl": row["kl_to_dense"], "kl_error": row["kl_standard_error"],
             "above": above - 1.0, "above_error": row["ratio_to_routed_standard_error"],
@@ -40,8 +42,8 @@ def points(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 def table(records: Sequence[Mapping[str, Any]]) -> str:
     """Markdown, in order of what is skipped."""
     header = [
-        "what is skipped", "result", "window", "system", "per request", "held-out requests", "nats above dense",
-        "KL to dense", "same likeliest token", "perplexity above routed",
+        "what is skipped", "result", "window", "system", "skipped", "on average by", "held-out requests",
+        "nats above dense", "KL to dense", "same likeliest token", "perplexity above routed",
     ]  # fmt: skip
     rows = []
     for record in records:
@@ -50,7 +52,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
             routed = row["name"] == "routed"
             rows.append([
                 unit, f"[{record['stem']}]({record['place']})", _window(record),
-                f"**{row['name']}**" if routed else row["name"], f"{row['skipped']:.1f}", record["samples"],
+                f"**{row['name']}**" if routed else row["name"], f"{row['skipped']:.1f}", row["by"], record["samples"],
                 f"{row['nats']:.3f} ± {row['error']:.3f}", f"{row['kl']:.3f} ± {row['kl_error']:.3f}",
                 f"{row['same']:.1%}", "" if routed else f"{row['above']:.1%} ± {row['above_error']:.1%}",
             ])  # fmt: skip
@@ -111,7 +113,7 @@ def main() -> None:
         for path in args.results
     ]
     order = list(_UNITS.values())
-    records.sort(key=lambda record: (order.index(_unit(record)), record["quality"]["routed"]["sublayers_skipped"]))
+    records.sort(key=lambda record: (order.index(_unit(record)), points(record)[0]["skipped"]))
     picture = args.output.with_suffix(".png")
     windows = Counter(map(_window, records))
     draw([record for record in records if _window(record) == windows.most_common(1)[0][0]], picture)
@@ -120,7 +122,8 @@ def main() -> None:
         "Command, machine and versions are in the results.\n\n"
         f"{table(records)}\n\n"
         "± is the standard error over requests, of the paired difference where two systems are compared. The picture "
-        "has those with patches, and the window that most have.\n\n"
+        "has those with patches, and the window that most have. Skipped by request may be more than by token, where "
+        "short answers skip more.\n\n"
         f"![nats and KL against what is skipped]({picture.name})\n"
     )
     progress(f"written: {args.output}, {picture}")

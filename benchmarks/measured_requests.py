@@ -53,11 +53,11 @@ def point(measured: Sequence[Measured], routers: Sequence[Mapping[int, CostRoute
     """Means over groups. routers: of each group, every layer's."""
     sums = dict.fromkeys(("explained", "static", "routed", "oracle"), 0.0)
     for group, of_layers in zip(measured, routers, strict=True):
-        layers = spared(group.layers, of_layers, skip)
+        layers = spared(group.layers, of_layers, skip, group.tokens)
         if not layers:
             raise ConfigError(f"--skip {skip:g}: hardly any request would skip a layer; a higher number is needed")
         chosen = [of_layers[layer] for layer in layers]
-        worth = saving(group, chosen, layers, price(chosen, max(1.0 - skip / len(layers), 0.0)))
+        worth = saving(group, chosen, layers, price(chosen, max(1.0 - skip / len(layers), 0.0), group.tokens))
         explained = sum(router.explained for router in of_layers.values()) / len(of_layers)
         for name, value in vars(worth).items() | {("explained", explained)}:
             sums[name] += value / len(measured)

@@ -17,7 +17,7 @@ def row(ratio: float, to_routed: float, skipped: float) -> dict[str, float]:
     return {
         "ratio_to_dense": ratio, "ratio_to_dense_standard_error": 0.01, "ratio_to_routed": to_routed,
         "ratio_to_routed_standard_error": 0.002, "kl_to_dense": 0.1, "kl_standard_error": 0.01, "same_token": 0.9,
-        "sublayers_skipped": skipped,
+        "sublayers_skipped": skipped + 0.5, "sublayers_skipped_by_token": skipped,
     }  # fmt: skip
 
 
@@ -29,7 +29,11 @@ def record(granularity: str, skipped: float) -> dict[str, Any]:
 def test_nats_are_logs_of_ratios() -> None:
     routed, static = heldout_report.points(record("attn_sequence", 3.9))
     assert routed["nats"] == pytest.approx(math.log(1.1)) and routed["error"] == pytest.approx(0.01 / 1.1)
-    assert static["above"] == pytest.approx(0.015) and static["skipped"] == 4
+    assert static["above"] == pytest.approx(0.015) and (static["skipped"], static["by"]) == (4, "token")
+    old = record("attn_sequence", 3.9)
+    del old["quality"]["routed"]["sublayers_skipped_by_token"]
+    routed, _ = heldout_report.points(old)
+    assert (routed["skipped"], routed["by"]) == (4.4, "request")
 
 
 def test_a_page_and_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

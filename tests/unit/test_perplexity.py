@@ -78,6 +78,13 @@ def test_a_row_per_system(systems):
     assert rows["routed"]["kl_to_dense"] > 0 and 0 <= rows["routed"]["same_token"] <= 1
 
 
+def test_what_is_skipped_by_request_and_by_token() -> None:
+    counts = torch.tensor([3.0, 1.0])
+    found = perplexity.Answers(counts, counts, counts, torch.tensor([0.0, 4.0]))
+    row = summary(found, {"dense": found, "routed": found}, counts)
+    assert (row["sublayers_skipped"], row["sublayers_skipped_by_token"]) == (2, 1)
+
+
 def test_what_was_measured_before_an_interrupt_counts(systems):
     def interrupted():
         yield from SAMPLES

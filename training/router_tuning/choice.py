@@ -20,7 +20,7 @@ from vllm_mod.config import ConfigError
 
 from .cost_routers import RIDGES, CostRouter, Inputs, cut, fit_router, moderated, price, spared
 from .selection import Measured, cheaper_half
-from .together import divergence
+from .together import Lost, lost
 
 #: Shares of what a request's layers have in common that routers may learn.
 SHARES = (0.0, 0.5, 1.0)
@@ -40,7 +40,7 @@ class Choice:
     #: of every layer that was measured
     routers: Mapping[int, CostRouter]
     log_price: float
-    #: kept ratio asked for, of `layers`
+    #: kept ratio asked for, of token-layer pairs of `layers`
     kept: float
 
     def skips(self, measured: Measured, rows: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class Choice:
         """
         routed = torch.tensor([layer in self.layers for layer in measured.layers])
         predicted = torch.stack([self.routers[layer].predicted[rows] for layer in measured.layers], 1)
-        return (predicted < cut(predicted[:, routed], self.kept)) & routed
+        return (predicted < cut(predicted[:, routed], self.kept, measured.tokens[rows])) & routed
 
     def scores(self, measured: Measured, number: int) -> Tensor:
         """float64 `[number, routed layers]`: what routers give each sample, by fits that had not seen it; NaN of those
@@ -80,10 +80,10 @@ def choices(
         if skip is None:
             routed, ratio = layers or cheaper_half(measured.costs()), kept
         else:
-            routed = spared(measured.layers, routers, skip)
+            routed = spared(measured.layers, routers, skip, measured.tokens)
             ratio = max(1.0 - skip / len(routed), 0.0) if routed else 1.0
         if routed:
-            log_price = price([routers[layer] for layer in routed], ratio)
+            log_price = price([routers[layer] for layer in routed], ratio, measured.tokens)
             found.append(Choice(share, routed, routers, log_price, ratio))
     if not found:
         raise ConfigError(f"--skip {skip:g}: hardly any request would skip a layer; a higher number is needed")
@@ -92,7 +92,7 @@ def choices(
 
 def inputs_of(measured: Measured) -> list[Inputs]:
     """Layer by layer; most of what routers of many requests take."""
-    return [Inputs.of(measured.inputs[:, place]) for place in range(len(measured.layers))]
+    return [Inputs.of(measured.inputs[:, place], measured.tokens) for place in range(len(measured.layers))]
 
 
 def routers_of(measured: Measured, inputs: Sequence[Inputs], share: float | None) -> dict[int, CostRouter]:
@@ -110,20 +110,30 @@ def best(model: Any, samples: Sequence[Mapping[str, Any]], measured: Measured, f
     number = len(measured.sample)
     compared = min(max(number // 4, _FEWEST_COMPARED), _MOST_COMPARED, number)
     rows = torch.linspace(0, number - 1, compared).round().long()
-    skips = [choice.skips(measured, rows) for choice in found]
-    nats, tokens = divergence(model, [samples[i] for i in measured.sample[rows].tolist()], skips)
-    mean = nats.sum(1) / tokens.sum()
-    # Of the ratio of two sums: how each sample's differs from what its tokens would make it.
-    errors = (nats - nats[:1] - (mean - mean[0])[:, None] * tokens).square().sum(1).sqrt() / tokens.sum()
+    asked = max((1.0 - choice.kept) * len(choice.layers) for choice in found)
+    skips = [choice.skips(measured, rows) for choice in found] + [_own_cheapest(measured, rows, found, asked)]
+    together = lost(model, [samples[i] for i in measured.sample[rows].tolist()], skips)
     print(f"nats per token, all of it skipped, on {len(rows)} requests, behind patches fitted on dense activations:")
-    asked = max(float((1.0 - choice.kept) * len(choice.layers)) for choice in found)
-    eligible = []
-    for place, (choice, skip) in enumerate(zip(found, skips, strict=True)):
-        skipped = float(skip.sum(1).double().mean())
-        against = "" if place == 0 else f", {mean[place] - mean[0]:+.4f} ± {errors[place]:.4f}"
-        print(f"  {mean[place]:.4f} ({skipped:.2f} layers skipped{against}) {choice}")
-        if skipped >= _NEAR * asked:
-            eligible.append(place)
-    taken = min(eligible or range(len(found)), key=lambda place: float(mean[place]))
+    skipped = [float((skip.sum(1) * together.tokens).sum() / together.tokens.sum()) for skip in skips]
+    for place, name in enumerate([*map(str, found), "each request's own cheapest, known with hindsight"]):
+        print(f"  {_against_first(together, place, skipped[place])} {name}")
+    eligible = [place for place in range(len(found)) if skipped[place] >= _NEAR * asked]
+    taken = min(eligible or range(len(found)), key=lambda place: together.mean("nats", place))
     print(f"chosen: {found[taken]}")
     return found[taken]
+
+
+def _own_cheapest(measured: Measured, rows: Tensor, found: Sequence[Choice], number: float) -> Tensor:
+    """bool `[rows, layers measured]`: what no router knows, as many of the routed layers for each request."""
+    routed = torch.tensor([any(layer in choice.layers for choice in found) for layer in measured.layers])
+    order = measured.nats[rows].masked_fill(~routed, float("inf")).argsort(1)
+    return torch.zeros(order.shape, dtype=torch.bool).scatter_(1, order[:, : max(round(number), 1)], True)
+
+
+def _against_first(together: Lost, place: int, skipped: float) -> str:
+    nats, loss = together.mean("nats", place), together.mean("loss", place)
+    parts = [f"{skipped:.2f} layers skipped", f"loss {loss:+.4f}"]
+    if place:
+        (by, error), (loss_by, loss_error) = (together.above_first(name, place) for name in ("nats", "loss"))
+        parts = [parts[0], f"{by:+.4f} ± {error:.4f}", f"{parts[1]}, {loss_by:+.4f} ± {loss_error:.4f}"]
+    return f"{nats:.4f} ({'; '.join(parts)})"

@@ -5,10 +5,14 @@
 
 Ridge regression per layer, its strength chosen by the error on samples left out. Where nothing is learned w_l is zero,
 and what is left is the best static drop by measured costs: one price for all layers, so cheap ones are skipped first.
+
+A sample counts as many times as its answer has tokens: in the regression, and in what is kept. Work is done, and
+spared, token by token; short answers are often the cheap ones, so that as many skips by request would spare less.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -54,47 +58,56 @@ def moderated(nats: Tensor, share: float) -> Tensor:
 class Inputs:
     """What a router sees of the samples, `[N, hidden]` float64 about its mean, and its principal directions."""
 
+    #: `[N]`: what a sample counts, 1 on average
+    weights: Tensor
     mean: Tensor
+    #: times the root of the weights, as are the vectors
     centred: Tensor
     #: of the samples' Gram matrix: eigenvalues `[k]`, above zero, and eigenvectors `[N, k]`
     values: Tensor
     vectors: Tensor
 
     @classmethod
-    def of(cls, inputs: Tensor) -> Inputs:
-        """inputs: `[N, hidden]`, of any float type. One eigendecomposition of the smaller of the two sides."""
-        mean = inputs.double().mean(0)
-        centred = inputs.double() - mean
+    def of(cls, inputs: Tensor, tokens: Tensor) -> Inputs:
+        """inputs: `[N, hidden]`, of any float type; tokens: `[N]`, of the samples' answers.
+
+        One eigendecomposition of the smaller of the two sides.
+        """
+        weights = tokens.double().clamp(min=1.0)
+        weights /= weights.mean()
+        mean = (inputs.double() * weights[:, None]).mean(0)
+        centred = (inputs.double() - mean) * weights.sqrt()[:, None]
         if len(centred) <= centred.shape[1]:
             values, vectors = torch.linalg.eigh(centred @ centred.T)
         else:
             values, directions = torch.linalg.eigh(centred.T @ centred)
             vectors = centred @ directions / values.clamp(min=1e-300).sqrt()
         there = values > values[-1].clamp(min=0) * 1e-12
-        return cls(mean, centred, values[there], vectors[:, there])
+        return cls(weights, mean, centred, values[there], vectors[:, there])
 
 
 def fit_router(inputs: Inputs, nats: Tensor, ridges: Sequence[float] = RIDGES) -> CostRouter:
     """nats: `[N]`. At least 3 samples."""
-    y = nats.double().clamp(min=_FLOOR).log()
-    mean_y, number = y.mean(), len(y)
-    target, values, vectors = y - mean_y, inputs.values, inputs.vectors
+    y, number, weights = nats.double().clamp(min=_FLOOR).log(), len(nats), inputs.weights
+    mean_y, root = (weights * y).mean(), weights.sqrt()
+    target, values, vectors = root * (y - mean_y), inputs.values, inputs.vectors
     unit = values.sum() / number
-    alone = target * number / (number - 1)  # the mean of the others is as good a guess as any
+    alone = target / (1.0 - weights / number).clamp(min=1e-9)  # the mean of the others is as good a guess as any
     # What the mean predicts is the same for all, so that such a layer is kept by all or by none.
     best, weight, left = float(alone.square().sum()), torch.zeros_like(inputs.mean), target
     for ridge in ridges if unit > 0 else ():
         shrunk = values / (values + ridge * unit)
         along = vectors.T @ target
-        # Of the hat matrix, what is fitted and the diagonal; its 1 / number adds nothing to a target of mean zero.
+        # Of the hat matrix, what is fitted and the diagonal; the mean's part adds nothing to a target without one.
         residual = target - vectors @ (shrunk * along)
-        residual /= (1.0 - vectors.square() @ shrunk - 1.0 / number).clamp(min=1e-9)
+        residual /= (1.0 - vectors.square() @ shrunk - weights / number).clamp(min=1e-9)
         if float(residual.square().sum()) < best:
             weight = inputs.centred.T @ (vectors @ (along / (values + ridge * unit)))
             best, left = float(residual.square().sum()), residual
-    predicted = y - left
+    predicted = y - left / root
     # The mean of a log is not the log of the mean: shifted so that predicted costs add up to the measured ones.
-    shift = float(nats.double().mean().clamp(min=_FLOOR).log() - predicted.exp().mean().log())
+    measured, fitted = (float((weights * costs).mean()) for costs in (nats.double(), predicted.exp()))
+    shift = math.log(max(measured, _FLOOR)) - math.log(fitted)
     weight = weight.float()
     return CostRouter(
         weight[None],
@@ -104,37 +117,36 @@ def fit_router(inputs: Inputs, nats: Tensor, ridges: Sequence[float] = RIDGES) -
     )
 
 
-def price(routers: Sequence[CostRouter], kept: float) -> float:
-    """Log of the price at which the predicted costs keep this ratio of sample-layer pairs, or as near as ties allow."""
-    return cut(torch.cat([router.predicted for router in routers]), kept)
+def price(routers: Sequence[CostRouter], kept: float, tokens: Tensor) -> float:
+    """Log of the price at which the predicted costs keep this ratio of token-layer pairs, or as near as ties allow.
+
+    tokens: `[N]`, see `Inputs.of`.
+    """
+    return cut(torch.stack([router.predicted for router in routers], 1), kept, tokens)
 
 
-def cut(costs: Tensor, kept: float) -> float:
-    """A value that this ratio of `costs` is not below, or as near as ties allow."""
-    costs = costs.flatten().sort().values
-    skipped = round((1.0 - kept) * len(costs))
-    if skipped == 0:
-        return float(costs[0]) - 1.0
-    if skipped == len(costs):
-        return float(costs[-1]) + 1.0
+def cut(costs: Tensor, kept: float, tokens: Tensor) -> float:
+    """A value that this ratio of token-layer pairs is not below, or as near as ties allow. costs: `[N, layers]`."""
+    values, order = costs.double().flatten().sort()
+    skipped = tokens.double()[:, None].expand_as(costs).flatten()[order].cumsum(0)
     # Pairs that are equal go together: cut before or behind them, whichever is nearer.
-    value = costs[skipped]
-    first, behind = (int((costs < value).sum()), int((costs <= value).sum()))
-    place = first if skipped - first <= behind - skipped else behind
+    places = torch.cat([torch.tensor([True]), values[1:] > values[:-1], torch.tensor([True])]).nonzero().flatten()
+    shares = torch.cat([torch.zeros(1, dtype=torch.float64), skipped / skipped[-1]])[places]
+    place = int(places[(shares - (1.0 - kept)).abs().argmin()])
     if place == 0:
-        return float(costs[0]) - 1.0
-    return float(costs[-1]) + 1.0 if place == len(costs) else float(costs[place - 1] + costs[place]) / 2
+        return float(values[0]) - 1.0
+    return float(values[-1]) + 1.0 if place == len(values) else float(values[place - 1] + values[place]) / 2
 
 
-def spared(layers: Sequence[int], routers: Mapping[int, CostRouter], skipped: float) -> list[int]:
-    """The layers worth a router if a request skips so many on average: those that more than a few would skip."""
-    log_price = price([routers[layer] for layer in layers], 1.0 - skipped / len(layers))
+def spared(layers: Sequence[int], routers: Mapping[int, CostRouter], skipped: float, tokens: Tensor) -> list[int]:
+    """The layers worth a router if a token skips so many on average: those that more than a few requests would skip."""
+    log_price = price([routers[layer] for layer in layers], 1.0 - skipped / len(layers), tokens)
     return [layer for layer in layers if float((routers[layer].predicted < log_price).double().mean()) >= _FEW]
 
 
 @dataclass(frozen=True)
 class Saving:
-    """Nats per answer token of all that is skipped, layers taken by themselves, at the same kept ratio."""
+    """Nats per answer token of all that is skipped, layers taken by themselves, as many by token."""
 
     routed: float
     #: the cheapest layers for everyone
@@ -146,11 +158,12 @@ class Saving:
 def saving(measured: Measured, routers: Sequence[CostRouter], places: Sequence[int], log_price: float) -> Saving:
     """By predictions of fits that had not seen the sample. places: the routed layers, as columns of `measured`."""
     nats = measured.nats[:, list(places)]
-    predicted = torch.stack([router.predicted for router in routers], 1)
-    skip = predicted < log_price
-    number = int(skip.sum())
-    cheap = nats.mean(0).argsort()
-    static = nats[:, cheap].T.flatten()[:number]  # layer by layer, the last one for as many as are left
-    oracle = nats.flatten().sort().values[:number]
-    rows = len(nats)
-    return Saving(*(float(part.sum()) / rows for part in (nats[skip], static, oracle)))
+    share = (measured.tokens / measured.tokens.sum())[:, None].expand_as(nats)
+    skip = torch.stack([router.predicted for router in routers], 1) < log_price
+    number = float(share[skip].sum())
+    cheap = nats[:, (nats * share).sum(0).argsort()]  # layer by layer, the last one for as many as are left
+    static = (cheap * share).sum(0) * (number - torch.arange(nats.shape[1])).clamp(0, 1)
+    least = nats.flatten().argsort()
+    spent = share.flatten()[least]
+    oracle = nats.flatten()[least] * (number - (spent.cumsum(0) - spent)).clamp(min=0).minimum(spent)
+    return Saving(*(float(part.sum()) for part in ((nats * share)[skip], static, oracle)))

@@ -39,11 +39,12 @@ class FitArguments:
     )
     window: str = field(default="32", metadata={"help": "tokens at the start of a prompt that decide, and always run"})
     target_capacity: float | None = field(
-        default=None, metadata={"help": "kept ratio of the routed layers, between 0 and 1 (default: 0.5)"}
+        default=None,
+        metadata={"help": "kept ratio of the routed layers, by token, between 0 and 1 (default: 0.5)"},
     )
     skip: float | None = field(
         default=None,
-        metadata={"help": "how many layers a request skips on average, of all, where it costs least; in place of "
+        metadata={"help": "how many layers an answer token skips on average, of all, where it costs least; in place of "
                   "--layers and --target-capacity"},
     )  # fmt: skip
     patch_rank: int = field(default=64, metadata={"help": "rank of what stands in for a skipped sublayer; 0: a bias"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,19 +16,39 @@ from .routing import routing_of
 from .selection import batches_of, tokens_of_a_forward
 
 
-@torch.no_grad()
-def divergence(
-    model: Any, samples: Sequence[Mapping[str, Any]], skips: Sequence[Tensor], quiet: bool = False
-) -> tuple[Tensor, Tensor]:
-    """KL of the dense model's predictions to those of each choice, summed over a sample's answer tokens.
+@dataclass(frozen=True)
+class Lost:
+    """Against the dense model, in nats, summed over a sample's answer tokens: float64 `[choices, N]`."""
 
-    model: in evaluation mode, with routers, whose own decisions do not matter, and whatever stands in for what is
-    skipped. skips: bool `[N, layers]` each, which of the model's routed layers a sample skips. Returns nats, float64
-    `[skips, N]`, and answer tokens, float64 `[N]`. Costs one more forward than there are choices.
+    #: KL of its predictions to those of each choice
+    nats: Tensor
+    #: what the answer's negative log-likelihood is higher by
+    loss: Tensor
+    #: float64 `[N]`, answer tokens
+    tokens: Tensor
+
+    def mean(self, name: str, choice: int) -> float:
+        """Per token. name: `nats` or `loss`."""
+        return float(getattr(self, name)[choice].sum() / self.tokens.sum())
+
+    def above_first(self, name: str, choice: int) -> tuple[float, float]:
+        """Per token, above the first choice, and its standard error over samples: that of a ratio of two sums."""
+        difference = getattr(self, name)[choice] - getattr(self, name)[0]
+        mean = difference.sum() / self.tokens.sum()
+        error = (difference - mean * self.tokens).square().sum().sqrt() / self.tokens.sum()
+        return float(mean), float(error)
+
+
+@torch.no_grad()
+def lost(model: Any, samples: Sequence[Mapping[str, Any]], skips: Sequence[Tensor], quiet: bool = False) -> Lost:
+    """model: in evaluation mode, with routers, whose own decisions do not matter, and whatever stands in for what is
+    skipped. skips: of each choice bool `[N, layers]`, which of the model's routed layers a sample skips. Costs one more
+    forward than there are choices.
     """
     order = sorted(range(len(samples)), key=lambda i: len(samples[i]["input_ids"]))
     batches = batches_of([len(samples[i]["input_ids"]) for i in order], tokens_of_a_forward(model))
     nats = torch.zeros(len(skips), len(samples), dtype=torch.float64)
+    loss = nats.clone()
     tokens = torch.zeros(len(samples), dtype=torch.float64)
     total = len(batches) * (len(skips) + 1)
     state = routing_of(model)
@@ -47,10 +68,13 @@ def divergence(
                 batch = Collator(0)([dict(samples[i]) for i in these])
                 answers = supervised(batch)
                 tokens[these] = answers.sum(1).double()
+                owners, labels = answers.nonzero()[:, 0], batch["labels"][:, 1:][answers, None].to(model.device)
                 dense = predictions(batch, torch.zeros_like(skips[0][these]))
                 for choice, skip in enumerate(skips):
-                    lost = divergences(predictions(batch, skip[these]), dense).double().cpu()
-                    nats[choice, these] = nats.new_zeros(len(these)).index_add_(0, answers.nonzero()[:, 0], lost)
+                    found = predictions(batch, skip[these])
+                    less_likely = (dense - found).gather(1, labels)[:, 0]
+                    for sums, values in ((nats, divergences(found, dense)), (loss, less_likely)):
+                        sums[choice, these] = nats.new_zeros(len(these)).index_add_(0, owners, values.double().cpu())
         finally:
             state.cutoffs = None
-    return nats, tokens
+    return Lost(nats, loss, tokens)

@@ -11,6 +11,7 @@ import torch
 from router_tuning import choice
 from router_tuning.choice import best, choices
 from router_tuning.selection import Measured
+from router_tuning.together import Lost
 from vllm_mod.config import ConfigError
 
 LAYERS = (0, 1, 2, 3)
@@ -71,20 +72,20 @@ def test_what_costs_least_together_is_taken(
     samples = [{"input_ids": [number]} for number in range(200)]
     found = choices(measured(), False, None, 2.0, 0.5)
 
-    def divergence(
-        model: Any, given: Sequence[Any], skips: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def together(model: Any, given: Sequence[Any], skips: Sequence[torch.Tensor]) -> Lost:
         rows = [199 - sample["input_ids"][0] for sample in given]  # `order` of `measured`, backwards
         assert len(rows) == 128 and all(
             torch.equal(skip, each.skips(measured(), torch.tensor(rows)))
-            for skip, each in zip(skips, found, strict=True)
+            for skip, each in zip(skips, found, strict=False)
         )
-        assert [float(skip.sum(1).double().mean()) for skip in skips] == pytest.approx([2] * 4, abs=0.02)
-        nats = torch.full((4, 128), 3.0, dtype=torch.float64)
-        nats[cheapest] = 2.0
-        return nats, torch.full((128,), 10.0, dtype=torch.float64)
+        hindsight = measured().nats[torch.tensor(rows)].argsort(1)[:, :2]  # the last choice
+        assert torch.equal(skips[4].nonzero()[:, 1].view(128, 2), hindsight.sort(1).values)
+        assert [float(skip.sum(1).double().mean()) for skip in skips] == pytest.approx([2] * 5, abs=0.02)
+        nats = torch.full((5, 128), 3.0, dtype=torch.float64)
+        nats[cheapest], nats[4] = 2.0, 1.0
+        return Lost(nats, -nats, torch.full((128,), 10.0, dtype=torch.float64))
 
-    monkeypatch.setattr(choice, "divergence", divergence)
+    monkeypatch.setattr(choice, "lost", together)
     assert best(None, samples, measured(), found) is found[cheapest]
     said = capsys.readouterr().out
     assert f"chosen: {found[cheapest]}" in said and "0.2000 (" in said and "0.3000 (" in said
@@ -94,7 +95,7 @@ def test_a_drop_that_skips_less_than_was_asked_for_is_not_taken(monkeypatch: pyt
     """Half a layer for everyone is none, which costs nothing."""
     found = choices(measured(), False, [0, 1], None, 0.8)
     assert not found[0].skips(measured(), EVERY).any()
-    nats = torch.tensor([0.0, 3.0, 2.0, 4.0]).double()[:, None].expand(4, 128)
-    monkeypatch.setattr(choice, "divergence", lambda *_: (nats, torch.ones(128).double()))
+    nats = torch.tensor([0.0, 3.0, 2.0, 4.0, 0.0]).double()[:, None].expand(5, 128)
+    monkeypatch.setattr(choice, "lost", lambda *_: Lost(nats, nats, torch.ones(128).double()))
     samples = [{"input_ids": [number]} for number in range(200)]
     assert best(None, samples, measured(), found).share == 0.5

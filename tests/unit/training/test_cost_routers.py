@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,7 +22,7 @@ def planted(number: int, hidden: int = 12, noise: float = 0.1) -> tuple[torch.Te
 
 def test_a_planted_cost_is_found_and_its_level_too() -> None:
     inputs, nats, weight = planted(200)
-    router = fit_router(Inputs.of(inputs), nats)
+    router = fit_router(Inputs.of(inputs, torch.ones(len(inputs))), nats)
     assert torch.cosine_similarity(router.weight[0], weight, dim=0) > 0.98 and router.explained > 0.95
     score = (inputs @ router.weight[0]).double() + router.offset
     assert float(score.exp().sum()) == pytest.approx(float(nats.sum()), rel=0.05)
@@ -29,23 +31,30 @@ def test_a_planted_cost_is_found_and_its_level_too() -> None:
 
 @pytest.mark.parametrize("hidden", [12, 40])
 @pytest.mark.parametrize("ridge", [0.1, 3.0])
-def test_predictions_are_of_fits_that_had_not_seen_the_sample(ridge: float, hidden: int) -> None:
+@pytest.mark.parametrize("equal", [True, False])
+def test_predictions_are_of_fits_that_had_not_seen_the_sample(ridge: float, hidden: int, equal: bool) -> None:
     """Every sample is really left out, and the ridge regression solved again in the primal; with more samples than
-    numbers in an input, and with fewer."""
+    numbers in an input, and with fewer; a sample counts as its answer has tokens."""
     inputs, nats, _ = planted(20, hidden)
-    y = nats.log()
-    found = fit_router(Inputs.of(inputs), nats, [ridge])
-    centred = inputs.double() - inputs.double().mean(0)
+    y, tokens = nats.log(), torch.ones(20) if equal else torch.arange(1, 21)
+    found = fit_router(Inputs.of(inputs, tokens), nats, [ridge])
+    weights = tokens.double() / tokens.double().mean()
+    mean_of_all = (inputs.double() * weights[:, None]).mean(0)
+    centred = (inputs.double() - mean_of_all) * weights.sqrt()[:, None]
     unit = torch.linalg.eigvalsh(centred @ centred.T).clamp(min=0).mean()
     shifts = []
     for left in range(20):
         rest = [i for i in range(20) if i != left]
-        x, mean, level = inputs[rest].double(), inputs[rest].double().mean(0), y[rest].mean()
-        x = x - mean
-        weight = torch.linalg.solve(x.T @ x + ridge * unit * torch.eye(hidden), x.T @ (y[rest] - level))
+        w = weights[rest][:, None]
+        mean, level = (inputs[rest].double() * w).sum(0) / w.sum(), float((y[rest] * w[:, 0]).sum() / w.sum())
+        x = inputs[rest].double() - mean
+        weight = torch.linalg.solve(
+            x.T @ (x * w) + ridge * unit * torch.eye(hidden), x.T @ ((y[rest] - level) * w[:, 0])
+        )
         direct = level + (inputs[left].double() - mean) @ weight
         shifts.append(float(found.predicted[left] - direct))
     assert shifts == pytest.approx([shifts[0]] * 20, abs=1e-6)  # one shift of the level for all
+    assert float((weights * (found.predicted.exp() - nats)).sum()) == pytest.approx(0, abs=1e-9)
 
 
 def test_what_cannot_be_learned_is_the_static_order() -> None:
@@ -53,39 +62,56 @@ def test_what_cannot_be_learned_is_the_static_order() -> None:
     draws = torch.Generator().manual_seed(0)
     inputs = torch.randn(40, 30, generator=draws)
     nats = (torch.randn(40, generator=draws) * 0.3 - 3).double().exp()
-    router = fit_router(Inputs.of(inputs), nats)
+    router = fit_router(Inputs.of(inputs, torch.ones(len(inputs))), nats)
     assert not router.weight.any() and router.explained == 0
     assert router.offset == pytest.approx(float(nats.mean().log()), abs=0.02)
-    same = fit_router(Inputs.of(torch.ones(40, 30)), nats)  # inputs that do not differ at all
+    same = fit_router(Inputs.of(torch.ones(40, 30), torch.ones(40)), nats)  # inputs that do not differ at all
     assert not same.weight.any()
 
 
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.lists(st.integers(-3, 3), min_size=6, max_size=6), min_size=1, max_size=4),
+    st.lists(st.integers(1, 50), min_size=6, max_size=6),
     st.floats(0.01, 0.99),
 )
-def test_the_price_keeps_the_ratio_or_as_near_as_ties_allow(predicted: list[list[int]], kept: float) -> None:
+def test_the_price_keeps_the_ratio_or_as_near_as_ties_allow(
+    predicted: list[list[int]], tokens: list[int], kept: float
+) -> None:
+    """Of tokens, not of requests."""
     routers = [CostRouter(torch.zeros(1, 2), 0.0, torch.tensor(row).double(), 0.0) for row in predicted]
-    costs = torch.cat([router.predicted for router in routers])
-    log_price = price(routers, kept)
-    got = int((costs < log_price).sum())
-    possible = {int((costs < value).sum()) for value in [*costs.tolist(), float(costs.max()) + 1]}
-    wanted = round((1 - kept) * len(costs))
-    assert abs(got - wanted) == min(abs(number - wanted) for number in possible)
+    costs, counts = torch.tensor(predicted).T, torch.tensor(tokens)
+    share = lambda value: float(((costs < value).sum(1) * counts).sum() / (counts.sum() * len(predicted)))  # noqa: E731
+    possible = [share(value) for value in [*costs.flatten().tolist(), float(costs.max()) + 1]]
+    nearest = min(abs(value - (1 - kept)) for value in possible)
+    assert abs(share(price(routers, kept, counts)) - (1 - kept)) == pytest.approx(nearest, abs=1e-9)
 
 
-def test_savings_lie_between_the_oracle_and_the_static_drop() -> None:
+@pytest.mark.parametrize("equal", [True, False])
+def test_savings_lie_between_the_oracle_and_the_static_drop(equal: bool) -> None:
     draws = torch.Generator().manual_seed(1)
     inputs = torch.randn(100, 2, 5, generator=draws)
     nats = torch.stack([inputs[:, 0, 0], -inputs[:, 1, 1]], 1).double().exp()
-    measured = Measured((3, 7), nats, torch.ones(100).double(), inputs, torch.arange(100))
-    routers = [fit_router(Inputs.of(inputs[:, place]), nats[:, place]) for place in (0, 1)]
-    worth = saving(measured, routers, (0, 1), price(routers, 0.5))
-    assert worth.oracle <= worth.routed < 0.7 * worth.static
-    zero = [CostRouter(torch.zeros(1, 5), 0.0, nats[:, p].mean().log().expand(100), 0.0) for p in (0, 1)]
-    nothing = saving(measured, zero, (0, 1), price(zero, 0.5))
+    tokens = (torch.ones(100) if equal else torch.randint(1, 90, (100,), generator=draws)).double()
+    measured = Measured((3, 7), nats, tokens, inputs, torch.arange(100))
+    routers = [fit_router(Inputs.of(inputs[:, place], tokens), nats[:, place]) for place in (0, 1)]
+    worth = saving(measured, routers, (0, 1), price(routers, 0.5, tokens))
+    assert worth.oracle <= worth.routed + 1e-9 and worth.routed < 0.7 * worth.static
+    levels = [math.log(float((nats[:, place] * tokens).sum() / tokens.sum())) for place in (0, 1)]
+    zero = [CostRouter(torch.zeros(1, 5), 0.0, torch.full((100,), level).double(), 0.0) for level in levels]
+    nothing = saving(measured, zero, (0, 1), price(zero, 0.5, tokens))
     assert nothing.routed == pytest.approx(nothing.static)  # routers that know nothing are the static drop
+    assert nothing.static == pytest.approx(math.exp(min(levels)))
+
+
+def test_skips_are_counted_by_token() -> None:
+    """Short answers are the cheap ones: as many requests that skip would spare fewer tokens."""
+    tokens = torch.tensor([10.0] * 10 + [90.0] * 10)
+    predicted = torch.cat([torch.linspace(-4, -3, 10), torch.linspace(-2, -1, 10)]).double()
+    (router,) = [CostRouter(torch.zeros(1, 2), 0.0, predicted, 0.0)]
+    skip = predicted < price([router], 0.5, tokens)
+    assert skip[:10].all() and int(skip[10:].sum()) == 4  # 100 + 4 * 90 of 1,000; with the fifth 550
+    assert int((predicted < price([router], 0.5, torch.ones(20))).sum()) == 10
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
@@ -105,7 +131,7 @@ def test_what_is_worth_skipping_does_not_hang_on_the_request_alone() -> None:
     logs = inputs[:, :1] + inputs[:, 1:7] / 2 - 4
     spreads = []
     for nats in (logs.exp(), moderated(logs.exp(), 0.5)):
-        routers = [fit_router(Inputs.of(inputs), nats[:, layer]) for layer in range(6)]
-        limit = price(routers, 0.5)
+        routers = [fit_router(Inputs.of(inputs, torch.ones(200)), nats[:, layer]) for layer in range(6)]
+        limit = price(routers, 0.5, torch.ones(200))
         spreads.append(float(torch.stack([r.predicted < limit for r in routers], 1).sum(1).double().std()))
     assert spreads[1] < 0.9 * spreads[0]

@@ -12,7 +12,7 @@ from router_tuning.layerwise import answer_predictions, supervised
 from router_tuning.model import attach_routers, given_prompts, load_base, reference_decisions
 from router_tuning.patches import collate, fit_patches
 from router_tuning.routing import routing_of
-from router_tuning.together import divergence
+from router_tuning.together import lost
 from tests.support.models import tiny_model
 from tests.unit.training.test_selection import answered
 from vllm_mod.config import ModConfig
@@ -32,9 +32,10 @@ def test_each_request_skips_its_own(tmp_path: Path, target: str) -> None:
     routers = dict(state.routers)
     skip = torch.rand(20, 3, generator=torch.Generator().manual_seed(0)) < 0.5
     nothing = torch.zeros_like(skip)
-    nats, tokens = divergence(model, samples, [skip, nothing], quiet=True)
+    found = lost(model, samples, [skip, nothing], quiet=True)
+    nats, tokens = found.nats, found.tokens
     assert state.cutoffs is None and state.routers == routers
-    assert nats[1].abs().max() < 1e-6 and (nats[0] > 1e-6).sum() > 10
+    assert nats[1].abs().max() < 1e-6 and found.loss[1].abs().max() < 1e-5 and (nats[0] > 1e-6).sum() > 10
 
     def alone(sample: dict[str, object], skipped: list[bool]) -> torch.Tensor:
         ids, labels = torch.tensor([sample["input_ids"]]), torch.tensor(sample["labels"])
@@ -47,6 +48,11 @@ def test_each_request_skips_its_own(tmp_path: Path, target: str) -> None:
         dense, routed = alone(sample, [False] * 3), alone(sample, skip[number].tolist())
         assert len(dense) == tokens[number]
         assert float(nats[0, number]) == pytest.approx(float((dense.exp() * (dense - routed)).sum()), abs=1e-5)
+        answer = torch.tensor([token for token in sample["labels"][1:] if token != IGNORED])[:, None]
+        likelihoods = [logs.gather(1, answer).sum() for logs in (dense, routed)]
+        assert float(found.loss[0, number]) == pytest.approx(float(likelihoods[0] - likelihoods[1]), abs=1e-4)
+    nats_above, error = found.above_first("nats", 1)
+    assert nats_above == pytest.approx(found.mean("nats", 1) - found.mean("nats", 0)) and 0 < error < -nats_above
 
 
 @torch.no_grad()
