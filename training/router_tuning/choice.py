@@ -4,7 +4,8 @@ Single costs do not add up: requests all of whose layers are cheap would skip mo
 the others gain. How far routers should follow such differences depends on how much is skipped, so it is tried: from not
 at all over in part (see `cost_routers.moderated`) to fully, and the same layers for everyone beside them. What costs
 least, with all of it skipped, is taken; with the patches that costs were measured with, routers are therefore never
-worse than that static drop on their own samples.
+worse than that static drop on their own samples. KL alone would not do: a request whose predictions are easily moved is
+not one whose answer is easily lost.
 """
 
 from __future__ import annotations
@@ -104,7 +105,10 @@ def routers_of(measured: Measured, inputs: Sequence[Inputs], share: float | None
 
 
 def best(model: Any, samples: Sequence[Mapping[str, Any]], measured: Measured, found: Sequence[Choice]) -> Choice:
-    """The choice with the least KL to the dense model; says what each has. model: as `measure` leaves it."""
+    """The choice that is nearest to the dense model and loses least of the answers: by the sum of KL and added loss.
+
+    Says what each has. model: as `measure` leaves it.
+    """
     if len(found) == 1:
         return found[0]
     number = len(measured.sample)
@@ -118,7 +122,9 @@ def best(model: Any, samples: Sequence[Mapping[str, Any]], measured: Measured, f
     for place, name in enumerate([*map(str, found), "each request's own cheapest, known with hindsight"]):
         print(f"  {_against_first(together, place, skipped[place])} {name}")
     eligible = [place for place in range(len(found)) if skipped[place] >= _NEAR * asked]
-    taken = min(eligible or range(len(found)), key=lambda place: together.mean("nats", place))
+    taken = min(
+        eligible or range(len(found)), key=lambda place: together.mean("nats", place) + together.mean("loss", place)
+    )
     print(f"chosen: {found[taken]}")
     return found[taken]
 

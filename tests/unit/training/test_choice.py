@@ -83,7 +83,7 @@ def test_what_costs_least_together_is_taken(
         assert [float(skip.sum(1).double().mean()) for skip in skips] == pytest.approx([2] * 5, abs=0.02)
         nats = torch.full((5, 128), 3.0, dtype=torch.float64)
         nats[cheapest], nats[4] = 2.0, 1.0
-        return Lost(nats, -nats, torch.full((128,), 10.0, dtype=torch.float64))
+        return Lost(nats, nats / 2, torch.full((128,), 10.0, dtype=torch.float64))
 
     monkeypatch.setattr(choice, "lost", together)
     assert best(None, samples, measured(), found) is found[cheapest]
@@ -99,3 +99,11 @@ def test_a_drop_that_skips_less_than_was_asked_for_is_not_taken(monkeypatch: pyt
     monkeypatch.setattr(choice, "lost", lambda *_: Lost(nats, nats, torch.ones(128).double()))
     samples = [{"input_ids": [number]} for number in range(200)]
     assert best(None, samples, measured(), found).share == 0.5
+
+
+def test_answers_have_a_say_beside_the_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = choices(measured(), False, None, 2.0, 0.5)
+    nats, loss = (torch.tensor(v).double()[:, None].expand(5, 128) for v in ([3, 2, 1, 4, 0], [3, 1, 2.5, 4, 0]))
+    monkeypatch.setattr(choice, "lost", lambda *_: Lost(nats, loss, torch.ones(128).double()))
+    samples = [{"input_ids": [number]} for number in range(200)]
+    assert best(None, samples, measured(), found).share == 0.0
