@@ -72,7 +72,7 @@ def lost(model: Any, samples: Sequence[Mapping[str, Any]], skips: Sequence[Tenso
                 dense = predictions(batch, torch.zeros_like(skips[0][these]))
                 for choice, skip in enumerate(skips):
                     found = predictions(batch, skip[these])
-                    less_likely = (dense - found).gather(1, labels)[:, 0]
+                    less_likely = (dense.gather(1, labels) - found.gather(1, labels))[:, 0]
                     for sums, values in ((nats, divergences(found, dense)), (loss, less_likely)):
                         sums[choice, these] = nats.new_zeros(len(these)).index_add_(0, owners, values.double().cpu())
         finally:
