@@ -104,7 +104,7 @@ def fit_router(inputs: Inputs, nats: Tensor, ridges: Sequence[float] = RIDGES) -
         if float(residual.square().sum()) < best:
             weight = inputs.centred.T @ (vectors @ (along / (values + ridge * unit)))
             best, left = float(residual.square().sum()), residual
-    predicted = y - left / root
+    predicted = mean_y + (target - left) / root  # exactly the same for all where nothing was learned
     # The mean of a log is not the log of the mean: shifted so that predicted costs add up to the measured ones.
     measured, fitted = (float((weights * costs).mean()) for costs in (nats.double(), predicted.exp()))
     shift = math.log(max(measured, _FLOOR)) - math.log(fitted)

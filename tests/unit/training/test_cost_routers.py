@@ -65,6 +65,9 @@ def test_what_cannot_be_learned_is_the_static_order() -> None:
     router = fit_router(Inputs.of(inputs, torch.ones(len(inputs))), nats)
     assert not router.weight.any() and router.explained == 0
     assert router.offset == pytest.approx(float(nats.mean().log()), abs=0.02)
+    many = torch.rand(4000, generator=draws).double().exp() ** 1.1
+    unequal = fit_router(Inputs.of(torch.ones(4000, 3), torch.randint(1, 90, (4000,), generator=draws)), many)
+    assert len(unequal.predicted.unique()) == 1  # to the last bit: a price keeps all of them, or none
     same = fit_router(Inputs.of(torch.ones(40, 30), torch.ones(40)), nats)  # inputs that do not differ at all
     assert not same.weight.any()
 
