@@ -137,9 +137,9 @@ def _own_cheapest(measured: Measured, rows: Tensor, found: Sequence[Choice], num
 
 
 def _against_first(together: Lost, place: int, skipped: float) -> str:
+    """What a choice loses, and by how much that is more than the first one's."""
     nats, loss = together.mean("nats", place), together.mean("loss", place)
-    parts = [f"{skipped:.2f} layers skipped", f"loss {loss:+.4f}"]
-    if place:
-        (by, error), (loss_by, loss_error) = (together.above_first(name, place) for name in ("nats", "loss"))
-        parts = [parts[0], f"{by:+.4f} ± {error:.4f}", f"{parts[1]}, {loss_by:+.4f} ± {loss_error:.4f}"]
-    return f"{nats:.4f} ({'; '.join(parts)})"
+    if place == 0:
+        return f"{nats:.4f} ({skipped:.2f} layers skipped; loss {loss:+.4f})"
+    above, loss_above = ("{:+.4f} ± {:.4f}".format(*together.above_first(name, place)) for name in ("nats", "loss"))
+    return f"{nats:.4f} ({skipped:.2f} layers skipped; {above}; loss {loss:+.4f}, {loss_above})"

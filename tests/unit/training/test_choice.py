@@ -76,7 +76,7 @@ def test_what_costs_least_together_is_taken(
         rows = [199 - sample["input_ids"][0] for sample in given]  # `order` of `measured`, backwards
         assert len(rows) == 128 and all(
             torch.equal(skip, each.skips(measured(), torch.tensor(rows)))
-            for skip, each in zip(skips, found, strict=False)
+            for skip, each in zip(skips[:-1], found, strict=True)
         )
         hindsight = measured().nats[torch.tensor(rows)].argsort(1)[:, :2]  # the last choice
         assert torch.equal(skips[4].nonzero()[:, 1].view(128, 2), hindsight.sort(1).values)
