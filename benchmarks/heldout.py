@@ -21,6 +21,7 @@ from tqdm import tqdm
 from router_tuning.allocator import keep_freed_memory
 from router_tuning.hub import local_model
 from router_tuning.patches import with_patch
+from router_tuning.per_token import mean_per_token
 from vllm_mod.checkpoint import read_mod_config
 from vllm_mod.config import ModConfig
 
@@ -33,7 +34,6 @@ from .lib.perplexity import (
     held_out,
     held_out_arguments,
     load_system,
-    mean_per_token,
     perplexity,
     perplexity_ratio,
 )

@@ -12,7 +12,15 @@ from tqdm import tqdm
 from vllm_mod.calibration import read_calibration
 from vllm_mod.config import ConfigError, ModConfig
 
-from .perplexity import answer_losses, dense_config, held_out, load_system, perplexity, perplexity_ratio
+from .perplexity import (
+    answer_losses,
+    dense_config,
+    held_out,
+    kept_ratios,
+    load_system,
+    perplexity,
+    perplexity_ratio,
+)
 
 CALIBRATION_SAMPLES = 64
 
@@ -78,21 +86,21 @@ class Perplexities:
         return ModConfig.parse(settings, "static drop")
 
     def _losses(self, name: str, path: Path, config: ModConfig | None) -> dict[str, Any]:
-        from router_tuning.model import routing_of
+        from router_tuning.model import reference_decisions
 
         model = load_system(path, config)
-        totals = [0.0, 0.0]
+        decisions: list[dict[int, Any]] = []
 
         def watched() -> Iterator[dict[str, Any]]:
             for sample in tqdm(self.samples, desc=f"perplexity: {name}"):
                 yield sample
-                for kept, routed in routing_of(model).counts().values():
-                    totals[0] += kept
-                    totals[1] += routed
+                decisions.append({layer: keep.flatten() for layer, keep in reference_decisions(model).items()})
 
         losses, counts = answer_losses(model, watched())
-        kept = totals[0] / totals[1] if totals[1] else None
-        return {"losses": losses.tolist(), "counts": counts.tolist(), "kept": kept}
+        kept = kept_ratios(decisions, counts, self.config.policy.by_request).values()
+        return {
+            "losses": losses.tolist(), "counts": counts.tolist(), "kept": sum(kept) / len(kept) if kept else None,
+        }  # fmt: skip
 
 
 def operating_points(checkpoint: Path, config: ModConfig) -> list[ModConfig]:

@@ -23,7 +23,7 @@ from vllm_mod.checkpoint import read_json, read_mod_config
 from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.trainer_log import read_log
 
-from .perplexity import answer_losses, perplexity, perplexity_ratio
+from .perplexity import answer_losses, kept_ratios, perplexity, perplexity_ratio
 from .static_drop import Switches, losses_at, orders
 
 
@@ -83,7 +83,7 @@ class Bench:
             losses.append(answer_losses(model, [sample])[0])
             decisions.append({layer: keep.flatten() for layer, keep in reference_decisions(model).items()})
         routed = torch.cat(losses)
-        kept = {i: torch.cat([d[i] for d in decisions]).double().mean().item() for i in config.layers}
+        kept = kept_ratios(decisions, self.counts, config.policy.by_request)
         mean = sum(kept.values()) / len(kept)
         value, error = perplexity(routed, self.counts)
         static = self._compare_static(config, (1 - mean) * num_layers, routed)

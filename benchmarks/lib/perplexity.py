@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from router_tuning.per_token import mean_per_token
 from vllm_mod.checkpoint import read_json
 from vllm_mod.config import ModConfig
 
@@ -158,27 +159,32 @@ def _skipped(model: Any, number: int) -> Tensor:
     return total
 
 
-def mean_per_token(sums: Tensor, counts: Tensor) -> tuple[float, float]:
-    """With its standard error, over samples."""
-    return float(sums.sum() / counts.sum()), _spread(sums, counts)
+def kept_ratios(decisions: Sequence[Mapping[int, Tensor]], counts: Tensor, by_request: bool) -> dict[int, float]:
+    """Routed layer -> kept ratio. decisions: of each sample, layer -> bool, flat; counts: the samples' answer tokens.
+
+    A request's decision counts as its answer has tokens: perplexity is a mean over them, and so is what a static drop
+    skips. Short answers are often those that skip most.
+    """
+    import torch
+
+    if not decisions:
+        return {}
+    found = {layer: torch.cat([sample[layer] for sample in decisions]).double() for layer in decisions[0]}
+    if by_request:
+        return {layer: mean_per_token(keep * counts, counts)[0] for layer, keep in found.items()}
+    return {layer: float(keep.mean()) for layer, keep in found.items()}
 
 
 def perplexity(losses: Tensor, counts: Tensor) -> tuple[float, float]:
     """Of all answer tokens, and its standard error (over samples, delta method)."""
-    value = math.exp(losses.sum() / counts.sum())
-    return value, value * _spread(losses, counts)
+    mean, error = mean_per_token(losses, counts)
+    return math.exp(mean), math.exp(mean) * error
 
 
 def perplexity_ratio(losses: Tensor, others: Tensor, counts: Tensor) -> tuple[float, float]:
     """Perplexity relative to that of another model on the same samples; the error is that of the paired difference,
     which is far smaller than what either perplexity has by itself."""
-    value = math.exp((losses - others).sum() / counts.sum())
-    return value, value * _spread(losses - others, counts)
-
-
-def _spread(losses: Tensor, counts: Tensor) -> float:
-    mean = losses.sum() / counts.sum()
-    return float((losses - mean * counts).std() * math.sqrt(len(losses)) / counts.sum())
+    return perplexity(losses - others, counts)
 
 
 def load_system(model: Path, config: ModConfig | None) -> Any:

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.heldout import summary
 from benchmarks.lib import perplexity
+from benchmarks.lib.curve import Perplexities
 from router_tuning.model import reference_logits, routing_of
 from vllm_mod.config import ModConfig
 
@@ -83,6 +84,24 @@ def test_what_is_skipped_by_request_and_by_token() -> None:
     found = perplexity.Answers(counts, counts, counts, torch.tensor([0.0, 4.0]))
     row = summary(found, {"dense": found, "routed": found}, counts)
     assert (row["sublayers_skipped"], row["sublayers_skipped_by_token"]) == (2, 1)
+
+
+def test_a_request_s_decision_counts_as_its_answer_has_tokens() -> None:
+    """As what a static drop skips does; a token's counts as one."""
+    counts = torch.tensor([3.0, 1.0], dtype=torch.float64)
+    requests = [{2: torch.tensor([True]), 5: torch.tensor([True])}, {2: torch.tensor([False]), 5: torch.tensor([True])}]
+    assert perplexity.kept_ratios(requests, counts, by_request=True) == {2: 0.75, 5: 1.0}
+    tokens = [{2: torch.tensor([True, False, False])}, {2: torch.tensor([True])}]
+    assert perplexity.kept_ratios(tokens, counts, by_request=False) == {2: 0.5}
+    assert perplexity.kept_ratios([{}, {}], counts, by_request=True) == {}  # a static drop decides nothing
+
+
+def test_a_point_of_the_curve(tiny_llama_path):
+    curve = object.__new__(Perplexities)
+    curve.config, curve.samples = perplexity.dense_config(tiny_llama_path), SAMPLES
+    dense = curve._losses("base", tiny_llama_path, curve.config)
+    assert dense["kept"] == 1 and dense["counts"] == [3, 1]
+    assert curve._losses("static", tiny_llama_path, curve._static([2]))["kept"] is None
 
 
 def test_what_was_measured_before_an_interrupt_counts(systems):

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from .data import Collator
 from .layerwise import Batch, answer_predictions, divergences, supervised
+from .per_token import mean_per_token
 from .routing import routing_of
 from .selection import batches_of, tokens_of_a_forward
 
@@ -32,11 +33,9 @@ class Lost:
         return float(getattr(self, name)[choice].sum() / self.tokens.sum())
 
     def above_first(self, name: str, choice: int) -> tuple[float, float]:
-        """Per token, above the first choice, and its standard error over samples: that of a ratio of two sums."""
-        difference = getattr(self, name)[choice] - getattr(self, name)[0]
-        mean = difference.sum() / self.tokens.sum()
-        error = (difference - mean * self.tokens).square().sum().sqrt() / self.tokens.sum()
-        return float(mean), float(error)
+        """Per token, above the first choice, and its standard error over samples."""
+        values = getattr(self, name)
+        return mean_per_token(values[choice] - values[0], self.tokens)
 
 
 @torch.no_grad()
