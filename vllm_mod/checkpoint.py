@@ -164,12 +164,18 @@ def _files_with_tensors(directory: Path) -> list[Path]:
 
 
 def write_routers(
-    output: str | Path, config: ModConfig, routers: Mapping[int, Tensor], patches: Mapping[int, Patch] | None = None
+    output: str | Path,
+    config: ModConfig,
+    routers: Mapping[int, Tensor],
+    patches: Mapping[int, Patch] | None = None,
+    records: Mapping[str, str] | None = None,
+    folders: Mapping[str, Path] | None = None,
 ) -> Path:
-    """Write a router-only directory; it appears whole or not at all."""
+    """Write a router-only directory; it appears whole or not at all. records, folders: see `write_checkpoint`."""
     with atomic_directory(Path(output)) as directory:
         write_json(directory / ROUTER_CONFIG_FILE, config.to_dict())
         _save_tensors(directory / ROUTERS_FILE, named_tensors(routers, patches))
+        _write_beside(directory, records, folders)
     return Path(output)
 
 
@@ -209,13 +215,17 @@ def write_checkpoint(
             weights |= dict.fromkeys(tensors, ROUTERS_FILE)
         total = sum((directory / name).stat().st_size for name in set(weights.values()))
         write_json(directory / INDEX_FILE, _index(weights, total))
-        for name, text in (records or {}).items():
-            (directory / name).unlink(missing_ok=True)  # it may be a hard link to the base's
-            (directory / name).write_text(text, encoding="utf-8")
-        for name, folder in (folders or {}).items():
-            for part in ADAPTER_FILES:
-                link_or_copy(folder / part, directory / name / part)
+        _write_beside(directory, records, folders)
     return output
+
+
+def _write_beside(directory: Path, records: Mapping[str, str] | None, folders: Mapping[str, Path] | None) -> None:
+    for name, text in (records or {}).items():
+        (directory / name).unlink(missing_ok=True)  # it may be a hard link to the base's
+        (directory / name).write_text(text, encoding="utf-8")
+    for name, folder in (folders or {}).items():
+        for part in ADAPTER_FILES:
+            link_or_copy(folder / part, directory / name / part)
 
 
 def base_weight_map(base: Path) -> dict[str, str]:

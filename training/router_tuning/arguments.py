@@ -173,7 +173,13 @@ class ExportArguments:
 
     model: str = field(metadata={"help": "base model: a directory, a hub name, or smollm2 (pip brings it)"})
     output: str = field(metadata={"help": "the checkpoint to write; must not exist"})
-    routers: str | None = field(default=None, metadata={"help": "router-only directory or hub name"})
+    routers: str | None = field(
+        default=None, metadata={"help": "router-only directory or hub name; a full checkpoint's are taken, too"}
+    )
+    router_only: bool = field(
+        default=False,
+        metadata={"help": "write them without the base's weights: what is shared, and joined by --routers"},
+    )
     granularity: str | None = field(
         default=None,
         metadata={"help": "for a static checkpoint, or routers that come without mod_config.json",

@@ -18,6 +18,7 @@ from vllm_mod.checkpoint import (
     read_patches,
     read_routers,
     write_checkpoint,
+    write_routers,
 )
 from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.files import ADAPTER_FILES, CONFIG_FILE, read_json
@@ -29,6 +30,7 @@ from .arguments import ExportArguments, check_output, make_mod_config
 from .hub import local_model, warn_of_strangers
 from .lora import ADAPTER_DIR
 from .patch_record import PATCHES_FILE
+from .records import records_of
 
 
 def base_shape(directory: Path) -> BaseShape:
@@ -56,7 +58,12 @@ def export(args: ExportArguments, records: dict[str, str] | None = None) -> Path
     records = records or {}
     parts = _parts(args, base, shape, next(iter(records.get("train_command.txt", "").splitlines()), ""))
     records = {**records, **parts.records}
-    output = write_checkpoint(base, args.output, parts.config, parts.routers, records, parts.folders, parts.patches)
+    if args.router_only:
+        if args.routers is not None:
+            records |= records_of(local_model(args.routers, routers=True))  # they are not made by this command
+        output = write_routers(args.output, parts.config, parts.routers, parts.patches, records, parts.folders)
+    else:
+        output = write_checkpoint(base, args.output, parts.config, parts.routers, records, parts.folders, parts.patches)
     card.write(output)
     return output
 

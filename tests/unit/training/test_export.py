@@ -14,8 +14,9 @@ from router_tuning.cli import main
 from router_tuning.model import load_base, load_reference, reference_logits
 from tests.support.models import edit_json, random_routers
 from tests.unit.training.test_trainer import one_error, train
-from vllm_mod.checkpoint import read_mod_config, router_name, write_routers
+from vllm_mod.checkpoint import read_mod_config, router_name, write_checkpoint, write_routers
 from vllm_mod.config import ModConfig
+from vllm_mod.tensors import Patch
 
 CONFIG = ModConfig.parse({"version": 1, "granularity": "attn_sequence", "layers": [1, 2]}, "test")
 ROUTERS = random_routers(CONFIG, 32)
@@ -218,3 +219,35 @@ def test_a_base_that_cannot_be_written_is_refused_before_it_is_trained(base, dat
 def test_the_config_read_is_the_one_that_was_written(base, authors, tmp_path):
     assert export(base, tmp_path / "out", "--routers", str(authors), *FLAGS) == 0
     assert read_mod_config(tmp_path / "out") == CONFIG.model_copy(update={"base_model": str(base)})
+
+
+def test_routers_alone_are_what_is_shared(base_dir, tmp_path, expected, capsys):
+    """Out of a full checkpoint, with what stands in for skipped sublayers and all that is told of them; and back."""
+    config = ModConfig.parse(
+        {"version": 2, "granularity": "attn_sequence", "layers": [1, 2], "window": 4, "patch": {"rank": 2},
+         "cutoff": [0.25, -0.5], "base_model": "some/base"}, "test",
+    )  # fmt: skip
+    patches = {layer: Patch(torch.randn(32), torch.randn(2, 32), torch.randn(32, 2)) for layer in (1, 2)}
+    records = {"train_command.txt": "router-tuning fit --data mine\n"}
+    write_checkpoint(base_dir, tmp_path / "full", config, ROUTERS, records, patches=patches)
+    alone = ["--routers", str(tmp_path / "full"), "--router-only"]
+    assert export(base_dir, tmp_path / "alone", *alone) == 0
+    assert {path.name for path in (tmp_path / "alone").iterdir()} == {
+        "README.md", "mod_config.json", "routers.safetensors", "train_command.txt",
+    }  # fmt: skip
+    assert (tmp_path / "alone/train_command.txt").read_text() == records["train_command.txt"]
+    assert read_mod_config(tmp_path / "alone") == config
+    assert export(base_dir, tmp_path / "joined", "--routers", str(tmp_path / "alone")) == 0
+    assert torch.equal(logits(tmp_path / "joined"), logits(tmp_path / "full"))
+    assert not torch.equal(logits(tmp_path / "joined"), expected)
+    capsys.readouterr()
+    assert export(base_dir, tmp_path / "alone", *alone) == 2
+    assert str(tmp_path / "alone") in one_error(capsys)
+
+
+def test_a_static_drop_is_shared_without_its_base_too(base_dir, tmp_path):
+    static = ["--granularity", "attn_static", "--layers", "1"]
+    assert export(base_dir, tmp_path / "alone", *static, "--router-only") == 0
+    assert export(base_dir, tmp_path / "joined", "--routers", str(tmp_path / "alone")) == 0
+    assert export(base_dir, tmp_path / "full", *static) == 0
+    assert torch.equal(logits(tmp_path / "joined"), logits(tmp_path / "full"))
