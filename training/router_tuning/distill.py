@@ -35,6 +35,9 @@ from .unfinished import Unfinished
 _BATCH = 4
 #: Adam's, rising over the first of the steps and falling to zero: entries of a fitted patch are about 0.01 to 0.1.
 RATE, _RISING = 1e-3, 0.1
+#: Parts that are tried of the way from the fitted patches to where the steps led: Adam's are as long where little is to
+#: be gained, and then most of the way is noise.
+_SHARES = (0.25, 0.5, 1.0)
 
 
 def distilled(
@@ -58,7 +61,9 @@ def distill(
     quiet: bool = False,
     file: Unfinished | None = None,
 ) -> Distilled:
-    """Passes over `samples`, but for every tenth: these say whether it helped; if not, patches stay as they were.
+    """Passes over `samples`, but for every tenth: these say how far to go along the way that the passes led.
+
+    If no part of it helps, patches stay as they were.
 
     model: routed or static, in evaluation mode, with patches; its parameters are frozen. directory: for hidden states
     of the dense model, in an unnamed file. file: steps that it has are not taken again, and what is done goes there. It
@@ -74,7 +79,7 @@ def distill(
     steps = _Steps(parameters, rate, len(order))
     known = None if file is None else file.distillation
     done = 0 if known is None else known["done"]
-    total = 3 * len(held_out) + len(rest) + len(order)
+    total = (2 + len(_SHARES)) * len(held_out) + len(rest) + len(order)
     initial = 0 if known is None else done + len(held_out)
     progress = tqdm(total=total, initial=initial, desc="distilling patches", disable=True if quiet else None)
     with progress, contextlib.closing(_Dense(model, directory)) as dense:
@@ -114,12 +119,21 @@ def distill(
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(False)
-        after = _mean(model, held_out, dense, progress)
-    if after < before:
-        return Distilled(samples=len(samples), passes=passes, before=before, after=after)
-    for parameter, value in zip(parameters, fitted, strict=True):
-        parameter.data.copy_(value)
-    return Distilled(samples=len(samples), passes=passes, before=before, after=before)
+        led_to = [parameter.detach().clone() for parameter in parameters]
+        found = {0.0: before}
+        for share in _SHARES:
+            _go(parameters, fitted, led_to, share)
+            found[share] = _mean(model, held_out, dense, progress)
+    best = min(found, key=lambda share: found[share])
+    _go(parameters, fitted, led_to, best)
+    return Distilled(samples=len(samples), passes=passes, before=before, after=found[best])
+
+
+def _go(parameters: Sequence[Tensor], start: Sequence[Tensor], end: Sequence[Tensor], share: float) -> None:
+    """Give parameters the values that are this share of the way, in memory of their own: what is kept of the steps is
+    the memory that they had."""
+    for parameter, first, last in zip(parameters, start, end, strict=True):
+        parameter.data = first.lerp(last, share)
 
 
 class _Steps:

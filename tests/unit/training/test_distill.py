@@ -106,6 +106,21 @@ def test_what_gains_nothing_is_taken_back(fitted: Any, tmp_path: Path) -> None:
             assert torch.equal(getattr(patch.tensors(), name), getattr(patches[layer], name))
 
 
+@pytest.mark.parametrize("fitted", ["mlp_sequence", "mlp_static"], indirect=True)
+def test_a_way_that_leads_too_far_is_gone_in_part(fitted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a rate at which all of it would be taken back."""
+    state = routing_of(fitted)
+    patches = {i: patch.tensors() for i, patch in state.patches.items()}
+    found = distill(fitted, samples(), tmp_path, rate=0.1, quiet=True)
+    again = distill(fitted, samples(), tmp_path, rate=0.0, quiet=True)
+    assert again.before == pytest.approx(found.after) and found.after < found.before
+    for layer, patch in patches.items():
+        give(state, layer, patch, fitted)
+    monkeypatch.setattr("router_tuning.distill._SHARES", (1.0,))
+    whole = distill(fitted, samples(), tmp_path, rate=0.1, quiet=True)
+    assert whole.after == whole.before == found.before
+
+
 def test_a_base_that_overflows_is_one_line(fitted: Any, tmp_path: Path) -> None:
     fitted.model.norm.weight.data[0] = float("nan")
     with pytest.raises(ConfigError, match="not finite"):
