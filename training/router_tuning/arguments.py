@@ -176,7 +176,7 @@ class ExportArguments:
     routers: str | None = field(
         default=None, metadata={"help": "router-only directory or hub name; a full checkpoint's are taken, too"}
     )
-    router_only: bool = field(
+    without_base: bool = field(
         default=False,
         metadata={"help": "write them without the base's weights: what is shared, and joined by --routers"},
     )

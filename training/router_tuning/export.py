@@ -58,7 +58,7 @@ def export(args: ExportArguments, records: dict[str, str] | None = None) -> Path
     records = records or {}
     parts = _parts(args, base, shape, next(iter(records.get("train_command.txt", "").splitlines()), ""))
     records = {**records, **parts.records}
-    if args.router_only:
+    if args.without_base:
         if args.routers is not None:
             records |= records_of(local_model(args.routers, routers=True))  # they are not made by this command
         output = write_routers(args.output, parts.config, parts.routers, parts.patches, records, parts.folders)

@@ -230,7 +230,7 @@ def test_routers_alone_are_what_is_shared(base_dir, tmp_path, expected, capsys):
     patches = {layer: Patch(torch.randn(32), torch.randn(2, 32), torch.randn(32, 2)) for layer in (1, 2)}
     records = {"train_command.txt": "router-tuning fit --data mine\n"}
     write_checkpoint(base_dir, tmp_path / "full", config, ROUTERS, records, patches=patches)
-    alone = ["--routers", str(tmp_path / "full"), "--router-only"]
+    alone = ["--routers", str(tmp_path / "full"), "--without-base"]
     assert export(base_dir, tmp_path / "alone", *alone) == 0
     assert {path.name for path in (tmp_path / "alone").iterdir()} == {
         "README.md", "mod_config.json", "routers.safetensors", "train_command.txt",
@@ -247,7 +247,7 @@ def test_routers_alone_are_what_is_shared(base_dir, tmp_path, expected, capsys):
 
 def test_a_static_drop_is_shared_without_its_base_too(base_dir, tmp_path):
     static = ["--granularity", "attn_static", "--layers", "1"]
-    assert export(base_dir, tmp_path / "alone", *static, "--router-only") == 0
+    assert export(base_dir, tmp_path / "alone", *static, "--without-base") == 0
     assert export(base_dir, tmp_path / "joined", "--routers", str(tmp_path / "alone")) == 0
     assert export(base_dir, tmp_path / "full", *static) == 0
     assert torch.equal(logits(tmp_path / "joined"), logits(tmp_path / "full"))
