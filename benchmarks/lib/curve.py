@@ -94,13 +94,12 @@ class Perplexities:
         def watched() -> Iterator[dict[str, Any]]:
             for sample in tqdm(self.samples, desc=f"perplexity: {name}"):
                 yield sample
-                decisions.append({layer: keep.flatten() for layer, keep in reference_decisions(model).items()})
+                decisions.append(reference_decisions(model))
 
         losses, counts = answer_losses(model, watched())
-        kept = kept_ratios(decisions, counts, self.config.policy.by_request).values()
-        return {
-            "losses": losses.tolist(), "counts": counts.tolist(), "kept": sum(kept) / len(kept) if kept else None,
-        }  # fmt: skip
+        ratios = kept_ratios(decisions, counts, self.config.policy.by_request).values()
+        kept = sum(ratios) / len(ratios) if ratios else None
+        return {"losses": losses.tolist(), "counts": counts.tolist(), "kept": kept}
 
 
 def operating_points(checkpoint: Path, config: ModConfig) -> list[ModConfig]:

@@ -160,19 +160,19 @@ def _skipped(model: Any, number: int) -> Tensor:
 
 
 def kept_ratios(decisions: Sequence[Mapping[int, Tensor]], counts: Tensor, by_request: bool) -> dict[int, float]:
-    """Routed layer -> kept ratio. decisions: of each sample, layer -> bool, flat; counts: the samples' answer tokens.
+    """Routed layer -> kept ratio. decisions: of each sample, see `reference_decisions`; counts: their answers' tokens.
 
     A request's decision counts as its answer has tokens: perplexity is a mean over them, and so is what a static drop
     skips. Short answers are often those that skip most.
     """
     import torch
 
-    if not decisions:
-        return {}
-    found = {layer: torch.cat([sample[layer] for sample in decisions]).double() for layer in decisions[0]}
-    if by_request:
-        return {layer: mean_per_token(keep * counts, counts)[0] for layer, keep in found.items()}
-    return {layer: float(keep.mean()) for layer, keep in found.items()}
+    found = {}
+    for layer in decisions[0]:
+        keep = torch.cat([sample[layer].flatten().cpu() for sample in decisions]).double()
+        weights = counts if by_request else torch.ones_like(keep)
+        found[layer] = float((keep * weights).sum() / weights.sum())
+    return found
 
 
 def perplexity(losses: Tensor, counts: Tensor) -> tuple[float, float]:

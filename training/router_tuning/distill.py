@@ -119,7 +119,7 @@ def distill(
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(False)
-        led_to = [parameter.detach().clone() for parameter in parameters]
+        led_to = [parameter.detach() for parameter in parameters]
         found = {0.0: before}
         for share in _SHARES:
             _go(parameters, fitted, led_to, share)
@@ -130,8 +130,8 @@ def distill(
 
 
 def _go(parameters: Sequence[Tensor], start: Sequence[Tensor], end: Sequence[Tensor], share: float) -> None:
-    """Give parameters the values that are this share of the way, in memory of their own: what is kept of the steps is
-    the memory that they had."""
+    """Give parameters the values that are this share of the way, in memory of their own: `end`, and what is kept of the
+    steps, lie where they were."""
     for parameter, first, last in zip(parameters, start, end, strict=True):
         parameter.data = first.lerp(last, share)
 

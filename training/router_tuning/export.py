@@ -30,7 +30,7 @@ from .arguments import ExportArguments, check_output, make_mod_config
 from .hub import local_model, warn_of_strangers
 from .lora import ADAPTER_DIR
 from .patch_record import PATCHES_FILE
-from .records import records_of
+from .records import ROUTER_RECORDS
 
 
 def base_shape(directory: Path) -> BaseShape:
@@ -59,8 +59,6 @@ def export(args: ExportArguments, records: dict[str, str] | None = None) -> Path
     parts = _parts(args, base, shape, next(iter(records.get("train_command.txt", "").splitlines()), ""))
     records = {**records, **parts.records}
     if args.without_base:
-        if args.routers is not None:
-            records |= records_of(local_model(args.routers, routers=True))  # they are not made by this command
         output = write_routers(args.output, parts.config, parts.routers, parts.patches, records, parts.folders)
     else:
         output = write_checkpoint(base, args.output, parts.config, parts.routers, records, parts.folders, parts.patches)
@@ -97,13 +95,14 @@ def _parts(args: ExportArguments, base: Path, shape: BaseShape, command: str) ->
     if adapter.is_dir() and (missing := [name for name in ADAPTER_FILES if not (adapter / name).is_file()]):
         raise ConfigError(f"{adapter}: {missing[0]} is missing; the routers were trained with this adapter")
     read_calibration(directory, config)  # refuses another's
-    records = [directory / name for name in (CALIBRATION_FILE, PATCHES_FILE)]
+    # Without the base nothing new is made: the command that made them is not this one.
+    names = (CALIBRATION_FILE, PATCHES_FILE, *(ROUTER_RECORDS if args.without_base else ()))
     return Parts(
         config,
         read_patches(directory, config, shape),
         routers=read_routers(directory, config, shape),
         folders={ADAPTER_DIR: adapter} if adapter.is_dir() else {},
-        records={path.name: path.read_text(encoding="utf-8") for path in records if path.is_file()},
+        records={n: (directory / n).read_text(encoding="utf-8") for n in names if (directory / n).is_file()},
     )
 
 

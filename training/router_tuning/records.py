@@ -19,8 +19,8 @@ from vllm_mod.trainer_log import LOG_FILE, Step
 
 ARGUMENTS_FILE = "training_args.json"
 STATE_FILE = "capacity.json"
-#: What a checkpoint says of how its routers came about, and how good they are.
-_ABOUT = ("train_command.txt", ARGUMENTS_FILE, LOG_FILE, EVALUATION_FILE)
+#: What a checkpoint says of how its routers came about, and how good they are: theirs, wherever they go.
+ROUTER_RECORDS = ("train_command.txt", ARGUMENTS_FILE, LOG_FILE, EVALUATION_FILE)
 
 
 class Arguments(Strict):
@@ -70,11 +70,6 @@ def arguments_text(settings: Mapping[str, Any]) -> str:
     """Content of `training_args.json`; ConfigError where it could not be read again."""
     Arguments.parse(dict(settings), ARGUMENTS_FILE)
     return json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-
-
-def records_of(directory: Path) -> dict[str, str]:
-    """File name -> content of those it has that belong to its routers, wherever these go."""
-    return {name: (directory / name).read_text(encoding="utf-8") for name in _ABOUT if (directory / name).is_file()}
 
 
 def read_state(directory: Path) -> State:
