@@ -113,10 +113,11 @@ def _measure(systems: Mapping[str, Any], samples: list[dict[str, Any]]) -> tuple
     import torch
 
     from router_tuning.data import Collator
-    from router_tuning.layerwise import answer_predictions, divergences, supervised
+    from router_tuning.layerwise import answer_logits, supervised
+    from router_tuning.predictions import divergences, log_probabilities, losses
 
     batch = Collator(0)([dict(sample) for sample in samples])
-    answers, first, found = supervised(batch), None, {}
+    answers, found = supervised(batch), {}
     device = next(iter(systems.values())).device
     labels, owner = batch["labels"][:, 1:][answers].to(device), answers.nonzero()[:, 0].to(device)
 
@@ -125,13 +126,15 @@ def _measure(systems: Mapping[str, Any], samples: list[dict[str, Any]]) -> tuple
 
     with torch.no_grad():
         for name, model in systems.items():
-            predicted = answer_predictions(model, batch)
-            first = predicted if first is None else first
+            logits = answer_logits(model, batch)
+            likeliest = logits.argmax(-1)
+            if not found:
+                first, first_likeliest = log_probabilities(logits), likeliest
             found[name] = torch.stack(
                 [
-                    per_sample(-predicted.gather(1, labels[:, None])[:, 0]),
-                    per_sample(divergences(predicted, first)),
-                    per_sample(predicted.argmax(-1) == first.argmax(-1)),
+                    per_sample(losses(logits, labels)),
+                    per_sample(divergences(logits, first)),
+                    per_sample(likeliest == first_likeliest),
                     _skipped(model, len(samples)),
                 ]
             )

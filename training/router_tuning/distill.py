@@ -23,10 +23,11 @@ from vllm_mod.config import ConfigError
 
 from .data import Collator
 from .interrupt import deferred
-from .layerwise import Batch, HiddenStates, advance, answer_predictions, divergences
+from .layerwise import Batch, HiddenStates, advance, answer_logits
 from .model import decoder_layers
 from .patch_record import Distilled
 from .patches import HELD_OUT, chance
+from .predictions import divergences, log_probabilities
 from .routing import routing_of
 from .sublayers import nothing_skipped
 from .unfinished import Unfinished
@@ -182,9 +183,9 @@ class _Dense:
         self._number += 1
 
     def predictions(self, number: int, batch: Batch) -> Tensor:
-        """See `answer_predictions`."""
+        """Log probabilities, float32 `[tokens, vocabulary]`."""
         with nothing_skipped(self._model), torch.no_grad():
-            return answer_predictions(self._model, batch, self._states.get(number), self._last)
+            return log_probabilities(answer_logits(self._model, batch, self._states.get(number), self._last))
 
     def close(self) -> None:
         self._states.close()
@@ -208,4 +209,4 @@ def _mean(model: Any, batches: Sequence[Batch], dense: _Dense, progress: Any) ->
 
 def _divergences(model: Any, batch: Batch, dense: Tensor) -> Tensor:
     """KL of each answer token, float32 `[tokens]`."""
-    return divergences(answer_predictions(model, batch), dense)
+    return divergences(answer_logits(model, batch), dense)

@@ -127,28 +127,28 @@ def advance(model: Any, batch: Batch, states: Tensor | None, first: int, stop: i
     return end.seen
 
 
-def answer_predictions(model: Any, batch: Batch, states: Tensor | None = None, first: int = 0) -> Tensor:
-    """Log probabilities of each answer token's successors, float32 `[tokens, vocabulary]`, row by row of the batch.
+def answer_logits(model: Any, batch: Batch, states: Tensor | None = None, first: int = 0) -> Tensor:
+    """What predicts each answer token, `[tokens, vocabulary]` in the model's precision, row by row of the batch.
 
     From the states before layer `first`, or from the tokens (see `advance`).
     """
-    answers = supervised(batch)
-    places = answers.any(0).nonzero().flatten()  # a prediction is read where a row has one
-    wanted = answers[:, places].to(model.device)
+    answers = supervised(batch).to(model.device)
     last = len(decoder_layers(model))
+
+    def of_answers(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0][:, :-1][answers],)
+
     with _running(model, states, first, last), requests_of(model, batch):
-        logits = _forward(model, batch, places.to(model.device)).logits
-    return logits[wanted].float().log_softmax(-1)
+        hook = model.get_output_embeddings().register_forward_pre_hook(of_answers)
+        try:
+            return _forward(model, batch, 0).logits
+        finally:
+            hook.remove()
 
 
 def supervised(batch: Batch) -> Tensor:
     """bool `[B, T - 1]`: the places whose prediction is an answer token."""
     return batch["labels"][:, 1:] != IGNORED
-
-
-def divergences(predicted: Tensor, dense: Tensor) -> Tensor:
-    """KL of each token in nats, `[tokens]`; both as `answer_predictions` gives them."""
-    return nn.functional.kl_div(predicted, dense, reduction="none", log_target=True).sum(-1)
 
 
 @torch.no_grad()
@@ -194,6 +194,7 @@ def sublayer(model: Any, batch: Batch, states: Tensor, layer: int) -> tuple[Tens
     return inputs[0], torch.stack(outputs).double().sum(0) * state.residual_multiplier, may_skip
 
 
-def _forward(model: Any, batch: Batch, places: int | Tensor = 1) -> Any:
+def _forward(model: Any, batch: Batch, predicted: int = 1) -> Any:
+    """predicted: how many of the last tokens are; 0: all."""
     inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    return model(**inputs, logits_to_keep=places)
+    return model(**inputs, logits_to_keep=predicted)

@@ -25,9 +25,10 @@ from vllm_mod.granularity import POLICIES
 from .arguments import RouterArguments, parse_window
 from .costs_file import CostsFile, Rows
 from .data import Collator
-from .layerwise import Batch, answer_predictions, divergences, supervised
+from .layerwise import Batch, answer_logits, supervised
 from .model import attach_routers, decoder_layers, load_base
 from .patches import batch_size, collate, fit_patches, give
+from .predictions import divergences, log_probabilities
 from .preflight import check_writable
 from .records import read_state
 from .routing import routing_of
@@ -233,7 +234,7 @@ def _measure_batch(model: Any, batch: Batch, progress: Any) -> tuple[Tensor, Ten
     try:
         for place, layer in enumerate(layers):
             state.cutoffs = tuple(float("inf") if other == layer else float("-inf") for other in layers)
-            without = answer_predictions(model, batch, before[layer], layer)
+            without = answer_logits(model, batch, before[layer], layer)
             found[:, place].index_add_(0, rows, divergences(without, dense).double())
             progress.update()
     finally:
@@ -243,7 +244,7 @@ def _measure_batch(model: Any, batch: Batch, progress: Any) -> tuple[Tensor, Ten
 
 
 def _dense(model: Any, batch: Batch) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The dense model's predictions, the hidden states before each layer, and the means that routers score."""
+    """The dense model's log probabilities, the hidden states before each layer, and the means that routers score."""
     state, before, means = routing_of(model), list[Tensor](), list[Tensor]()
 
     def enters(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -257,8 +258,8 @@ def _dense(model: Any, batch: Batch) -> tuple[Tensor, list[Tensor], Tensor]:
     hooks = [layer.register_forward_pre_hook(enters, with_kwargs=True) for layer in decoder_layers(model)]
     hooks += [state.routers[layer].register_forward_pre_hook(scores) for layer in state.config.layers]
     try:
-        predicted = answer_predictions(model, batch)
+        predicted = answer_logits(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
-    return predicted, before, torch.stack(means, 1)
+    return log_probabilities(predicted), before, torch.stack(means, 1)

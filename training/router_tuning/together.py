@@ -11,8 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .data import Collator
-from .layerwise import Batch, answer_predictions, divergences, supervised
+from .layerwise import Batch, answer_logits, supervised
 from .per_token import mean_per_token
+from .predictions import divergences, log_probabilities, losses
 from .routing import routing_of
 from .selection import batches_of, tokens_of_a_forward
 
@@ -54,9 +55,9 @@ def lost(model: Any, samples: Sequence[Mapping[str, Any]], skips: Sequence[Tenso
     state.cutoffs = tuple(0.0 for _ in state.config.layers)
     progress = tqdm(total=total, desc="skipped together", unit="forward", disable=True if quiet else None)
 
-    def predictions(batch: Batch, skip: Tensor) -> Tensor:
+    def logits(batch: Batch, skip: Tensor) -> Tensor:
         scores = torch.where(skip, -1.0, 1.0).double()
-        found = answer_predictions(model, {**batch, "scores": scores})
+        found = answer_logits(model, {**batch, "scores": scores})
         progress.update()
         return found
 
@@ -67,11 +68,12 @@ def lost(model: Any, samples: Sequence[Mapping[str, Any]], skips: Sequence[Tenso
                 batch = Collator(0)([dict(samples[i]) for i in these])
                 answers = supervised(batch)
                 tokens[these] = answers.sum(1).double()
-                owners, labels = answers.nonzero()[:, 0], batch["labels"][:, 1:][answers, None].to(model.device)
-                dense = predictions(batch, torch.zeros_like(skips[0][these]))
+                owners, labels = answers.nonzero()[:, 0], batch["labels"][:, 1:][answers].to(model.device)
+                kept = logits(batch, torch.zeros_like(skips[0][these]))
+                dense, likely = log_probabilities(kept), losses(kept, labels)
                 for choice, skip in enumerate(skips):
-                    found = predictions(batch, skip[these])
-                    less_likely = (dense.gather(1, labels) - found.gather(1, labels))[:, 0]
+                    found = logits(batch, skip[these])
+                    less_likely = losses(found, labels) - likely
                     for sums, values in ((nats, divergences(found, dense)), (loss, less_likely)):
                         sums[choice, these] = nats.new_zeros(len(these)).index_add_(0, owners, values.double().cpu())
         finally:

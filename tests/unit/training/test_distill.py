@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from router_tuning.distill import _batches, _Dense, distill
-from router_tuning.layerwise import answer_predictions
+from router_tuning.layerwise import answer_logits
 from router_tuning.model import attach_routers, load_base
 from router_tuning.patches import collate, fit_patches, give
 from router_tuning.routing import routing_of
@@ -83,7 +83,7 @@ def test_what_it_comes_nearer_to_is_the_dense_model(fitted: Any, base: Path, tmp
             logits = stock(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
             expected = logits[:, :-1][batch["labels"][:, 1:] != -100].log_softmax(-1)
             torch.testing.assert_close(dense.predictions(number, batch), expected)
-            assert not torch.allclose(answer_predictions(fitted, batch), expected, atol=1e-3)
+            assert not torch.allclose(answer_logits(fitted, batch).log_softmax(-1), expected, atol=1e-3)
     dense.close()
 
 
@@ -143,7 +143,7 @@ def test_routers_that_stand_have_no_say_in_a_patch(base: Path, tmp_path: Path) -
         for router in state.routers.values():
             router.requires_grad_(asks)
         patch = state.patches[1].requires_grad_(True)
-        answer_predictions(model, _batches(samples())[0]).square().sum().backward()
+        answer_logits(model, _batches(samples())[0]).log_softmax(-1).square().sum().backward()
         found.append(patch.bias.grad)
         assert bool(state.effects) == asks
     assert found[0].any() and not torch.allclose(found[0], found[1])

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from router_tuning.data import Collator
-from router_tuning.layerwise import advance, sublayer
+from router_tuning.data import IGNORED, Collator
+from router_tuning.layerwise import advance, answer_logits, sublayer
 from router_tuning.model import attach_routers, given_prompts, load_base, load_reference, reference_decisions
 from tests.support.models import routed_checkpoint, tiny_model
 from tests.unit.training.test_architectures import MODELS
@@ -42,6 +42,22 @@ def in_one_go(model: Any, inputs: dict[str, Tensor], layer: int) -> Tensor:
         model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
     hook.remove()
     return seen[0]
+
+
+@torch.no_grad()
+def test_answers_are_predicted_as_in_one_go(base: Path) -> None:
+    """Of each answer's tokens, from the tokens and from the states before a layer."""
+    config = ModConfig.parse({"version": 1, "granularity": "attn_sequence", "layers": [1, 2]}, "test")
+    model = load_base(base, torch.float32).eval()
+    attach_routers(model, config)  # zeros: nothing is skipped
+    samples = [sample | {"labels": [IGNORED] * i + sample["input_ids"][i:]} for i, sample in enumerate(some_samples(5))]
+    inputs = Collator(0)(samples)
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    expected = logits[:, :-1][inputs["labels"][:, 1:] != IGNORED]
+    assert len(expected) < logits[:, :-1].flatten(0, 1).shape[0]
+    torch.testing.assert_close(answer_logits(model, inputs), expected)
+    states = advance(model, inputs, None, 0, 2)
+    torch.testing.assert_close(answer_logits(model, inputs, states, 2), expected)
 
 
 @pytest.mark.parametrize("granularity", ["attn_token", "mlp_token", "block_sequence", "attn_static"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from router_tuning.data import IGNORED, Collator
-from router_tuning.layerwise import answer_predictions, supervised
+from router_tuning.layerwise import answer_logits, supervised
 from router_tuning.model import attach_routers, given_prompts, load_base, reference_decisions
 from router_tuning.patches import collate, fit_patches
 from router_tuning.routing import routing_of
@@ -62,12 +62,12 @@ def test_requests_without_a_score_are_decided_by_their_routers(tmp_path: Path) -
     model = load_base(base, torch.float32).eval()
     attach_routers(model, config, {layer: torch.randn(1, model.config.hidden_size) for layer in (0, 2)})
     batch = Collator(0)(answered(12))
-    own = answer_predictions(model, batch)
+    own = answer_logits(model, batch)
     keep = torch.stack(list(reference_decisions(model).values()), 1)
-    answer_predictions(model, {**batch, "scores": torch.full(keep.shape, torch.nan).double()})
+    answer_logits(model, {**batch, "scores": torch.full(keep.shape, torch.nan).double()})
     assert torch.equal(torch.stack(list(reference_decisions(model).values()), 1), keep)
     scores = torch.where(torch.arange(12)[:, None] % 2 == 0, torch.nan, torch.where(keep, -1.0, 1.0)).double()
-    other = answer_predictions(model, {**batch, "scores": scores})
+    other = answer_logits(model, {**batch, "scores": scores})
     found = torch.stack(list(reference_decisions(model).values()), 1)
     assert torch.equal(found[::2], keep[::2]) and torch.equal(found[1::2], ~keep[1::2])
     rows = supervised(batch).nonzero()[:, 0]
