@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from vllm_mod.config import ConfigError
 
 from .data import IGNORED
 from .model import architecture_of_model, decoder_layers, given_prompts
+from .past import Past, past_length
 from .routing import ModelRouting, routing_of
 from .sublayers import hide_skipped_keys, stock
 
@@ -127,12 +129,22 @@ def advance(model: Any, batch: Batch, states: Tensor | None, first: int, stop: i
     return end.seen
 
 
-def answer_logits(model: Any, batch: Batch, states: Tensor | None = None, first: int = 0) -> Tensor:
+def answer_logits(
+    model: Any,
+    batch: Batch,
+    states: Tensor | None = None,
+    first: int = 0,
+    past: Past | None = None,
+    cache: DynamicCache | None = None,
+) -> Tensor:
     """What predicts each answer token, `[tokens, vocabulary]` in the model's precision, row by row of the batch.
 
-    From the states before layer `first`, or from the tokens (see `advance`).
+    From the states before layer `first`, or from the tokens (see `advance`); past: the first of both are left out.
+    cache: an empty one, to be filled.
     """
-    answers = supervised(batch).to(model.device)
+    begin = 0 if past is None else past.length
+    answers = supervised(batch)[:, begin:].to(model.device)
+    states = None if states is None else states[:, begin:]
     last = len(decoder_layers(model))
 
     def of_answers(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
@@ -141,9 +153,17 @@ def answer_logits(model: Any, batch: Batch, states: Tensor | None = None, first:
     with _running(model, states, first, last), requests_of(model, batch):
         hook = model.get_output_embeddings().register_forward_pre_hook(of_answers)
         try:
-            return _forward(model, batch, 0).logits
+            return _forward(model, batch, 0, begin, cache if past is None else past.cache()).logits
         finally:
             hook.remove()
+
+
+def with_past(model: Any, batch: Batch) -> tuple[Tensor, Past | None]:
+    """`answer_logits` of a batch whose given decisions keep all, and what they need not run again for others."""
+    length = past_length(model, batch)
+    cache = DynamicCache() if length else None
+    logits = answer_logits(model, batch, cache=cache)
+    return logits, None if cache is None else Past.of(cache, length)
 
 
 def supervised(batch: Batch) -> Tensor:
@@ -194,7 +214,9 @@ def sublayer(model: Any, batch: Batch, states: Tensor, layer: int) -> tuple[Tens
     return inputs[0], torch.stack(outputs).double().sum(0) * state.residual_multiplier, may_skip
 
 
-def _forward(model: Any, batch: Batch, predicted: int = 1) -> Any:
-    """predicted: how many of the last tokens are; 0: all."""
+def _forward(model: Any, batch: Batch, predicted: int = 1, begin: int = 0, cache: DynamicCache | None = None) -> Any:
+    """predicted: how many of the last tokens are; 0: all. begin: tokens that the cache has already."""
     inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    return model(**inputs, logits_to_keep=predicted)
+    inputs["input_ids"] = inputs["input_ids"][:, begin:]
+    options = {} if cache is None else {"past_key_values": cache, "use_cache": True}
+    return model(**inputs, **options, logits_to_keep=predicted)

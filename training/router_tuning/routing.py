@@ -133,6 +133,8 @@ class ModelRouting:
         if self.config.policy.by_token:
             return self.decide_on(layer, score)
         deciding = self.deciding(score.shape, score.device)
+        if self.valid is not None and self.valid.shape[1] > score.shape[1] and not self.decided:
+            raise NotImplementedError("the tokens that decide came in an earlier forward; decisions must be given")
         mean = segment_means(score[deciding], deciding.sum(1))
         if self.scores is not None:
             given = self.scores[:, self.config.layers.index(layer)]
@@ -160,6 +162,11 @@ class ModelRouting:
         self.waiting[layer] = join
         return output
 
+    @property
+    def decided(self) -> bool:
+        """Are all decisions given, so that the tokens they are taken from need not be seen?"""
+        return self.scores is not None and not bool(self.scores.isnan().any())
+
     def decide_on(self, layer: int, score: Tensor) -> Decision:
         """score: of any shape a decision may have."""
         keep = keeps(score, self.cutoff(layer))
@@ -177,22 +184,24 @@ class ModelRouting:
 
     def may_skip(self, shape: torch.Size, device: torch.device) -> Tensor:
         """bool `[B, T]` of shape: the tokens that can do without a routed sublayer; not padding, nor the window's."""
-        valid = self._valid(shape, device)
+        valid = self._valid(shape, device)[:, -shape[1] :]
         return valid if self.config.window is None else valid & ~self.deciding(shape, device)
 
     def _valid(self, shape: torch.Size, device: torch.device) -> Tensor:
+        """Longer than shape by the tokens of earlier forwards."""
         return torch.ones(shape, dtype=torch.bool, device=device) if self.valid is None else self.valid
 
     def deciding(self, shape: torch.Size, device: torch.device) -> Tensor:
         """bool `[B, T]` of shape: each row's prompt, or its first `window` tokens. Generated tokens never count."""
-        length, valid = shape[1], self._valid(shape, device)
+        valid = self._valid(shape, device)
+        length = valid.shape[1]
         prompt = valid
         if self.prompt_mask is not None:
             # The mask may be shorter than the sequence: what follows it was generated.
             prompt = nn.functional.pad(self.prompt_mask.bool(), (0, length - self.prompt_mask.shape[1])) & valid
             prompt = torch.where(prompt.any(1, keepdim=True), prompt, valid)
         lengths = decision_lengths(prompt.sum(1), self.config.window)
-        return prompt & (prompt.cumsum(1) <= lengths[:, None])
+        return (prompt & (prompt.cumsum(1) <= lengths[:, None]))[:, -shape[1] :]
 
     def kept(self) -> dict[int, Tensor]:
         """Kept ratio per routed layer, differentiable (through the gates), float32 scalars.

@@ -25,8 +25,9 @@ from vllm_mod.granularity import POLICIES
 from .arguments import RouterArguments, parse_window
 from .costs_file import CostsFile, Rows
 from .data import Collator
-from .layerwise import Batch, answer_logits, supervised
+from .layerwise import Batch, answer_logits, supervised, with_past
 from .model import attach_routers, decoder_layers, load_base
+from .past import Past
 from .patches import batch_size, collate, fit_patches, give
 from .predictions import divergences, log_probabilities
 from .preflight import check_writable
@@ -227,14 +228,17 @@ def _measure_batch(model: Any, batch: Batch, progress: Any) -> tuple[Tensor, Ten
     """nats, tokens and inputs of a batch's samples, see `Measured`."""
     answers = supervised(batch).to(model.device)
     state, layers = routing_of(model), routing_of(model).config.layers
-    dense, before, inputs = _dense(model, batch)
-    progress.update()
+    keep = torch.ones(len(answers), len(layers), dtype=torch.float64)
     rows = answers.nonzero()[:, 0]
     found = torch.zeros(len(answers), len(layers), dtype=torch.float64, device=model.device)
+    state.cutoffs = tuple(0.0 for _ in layers)
     try:
+        dense, before, inputs, past = _dense(model, {**batch, "scores": keep})
+        progress.update()
         for place, layer in enumerate(layers):
-            state.cutoffs = tuple(float("inf") if other == layer else float("-inf") for other in layers)
-            without = answer_logits(model, batch, before[layer], layer)
+            scores = keep.clone()
+            scores[:, place] = -1.0
+            without = answer_logits(model, {**batch, "scores": scores}, before[layer], layer, past)
             found[:, place].index_add_(0, rows, divergences(without, dense).double())
             progress.update()
     finally:
@@ -243,8 +247,9 @@ def _measure_batch(model: Any, batch: Batch, progress: Any) -> tuple[Tensor, Ten
     return found.cpu() / tokens.clamp(min=1.0)[:, None], tokens, inputs
 
 
-def _dense(model: Any, batch: Batch) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The dense model's log probabilities, the hidden states before each layer, and the means that routers score."""
+def _dense(model: Any, batch: Batch) -> tuple[Tensor, list[Tensor], Tensor, Past | None]:
+    """The dense model's log probabilities, the hidden states before each layer, the means that routers score, and what
+    is not run again."""
     state, before, means = routing_of(model), list[Tensor](), list[Tensor]()
 
     def enters(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -258,8 +263,8 @@ def _dense(model: Any, batch: Batch) -> tuple[Tensor, list[Tensor], Tensor]:
     hooks = [layer.register_forward_pre_hook(enters, with_kwargs=True) for layer in decoder_layers(model)]
     hooks += [state.routers[layer].register_forward_pre_hook(scores) for layer in state.config.layers]
     try:
-        predicted = answer_logits(model, batch)
+        predicted, past = with_past(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
-    return log_probabilities(predicted), before, torch.stack(means, 1)
+    return log_probabilities(predicted), before, torch.stack(means, 1), past

@@ -70,7 +70,7 @@ class RoutedAttention(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         """hidden_states: `[B, T, hidden]`, after the input norm. Returns (output `[B, T, hidden]`, weights)."""
         routing = self._mod_routing
-        if kwargs.get("past_key_values") is not None:
+        if kwargs.get("past_key_values") is not None and not routing.decided:
             raise NotImplementedError("the routed HF model has no KV cache; call it with use_cache=False")
         layer, stand_in = self._mod_layer, routing.stand_in(self._mod_layer, hidden_states)
         if routing.config.is_static:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .data import Collator
-from .layerwise import Batch, answer_logits, supervised
+from .layerwise import answer_logits, supervised, with_past
 from .per_token import mean_per_token
 from .predictions import divergences, log_probabilities, losses
 from .routing import routing_of
@@ -55,12 +55,6 @@ def lost(model: Any, samples: Sequence[Mapping[str, Any]], skips: Sequence[Tenso
     state.cutoffs = tuple(0.0 for _ in state.config.layers)
     progress = tqdm(total=total, desc="skipped together", unit="forward", disable=True if quiet else None)
 
-    def logits(batch: Batch, skip: Tensor) -> Tensor:
-        scores = torch.where(skip, -1.0, 1.0).double()
-        found = answer_logits(model, {**batch, "scores": scores})
-        progress.update()
-        return found
-
     with progress:
         try:
             for places in batches:
@@ -69,13 +63,20 @@ def lost(model: Any, samples: Sequence[Mapping[str, Any]], skips: Sequence[Tenso
                 answers = supervised(batch)
                 tokens[these] = answers.sum(1).double()
                 owners, labels = answers.nonzero()[:, 0], batch["labels"][:, 1:][answers].to(model.device)
-                kept = logits(batch, torch.zeros_like(skips[0][these]))
+                kept, past = with_past(model, {**batch, "scores": _scores(torch.zeros_like(skips[0][these]))})
+                progress.update()
                 dense, likely = log_probabilities(kept), losses(kept, labels)
                 for choice, skip in enumerate(skips):
-                    found = logits(batch, skip[these])
+                    found = answer_logits(model, {**batch, "scores": _scores(skip[these])}, past=past)
+                    progress.update()
                     less_likely = losses(found, labels) - likely
                     for sums, values in ((nats, divergences(found, dense)), (loss, less_likely)):
                         sums[choice, these] = nats.new_zeros(len(these)).index_add_(0, owners, values.double().cpu())
         finally:
             state.cutoffs = None
     return Lost(nats, loss, tokens)
+
+
+def _scores(skips: Tensor) -> Tensor:
+    """What is skipped at cutoffs of 0 as bool `skips` says."""
+    return torch.where(skips, -1.0, 1.0).double()
