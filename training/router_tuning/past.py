@@ -33,7 +33,10 @@ class Past:
         if not length:
             return None
         layers: list[Any] = cache.layers
-        keys, values = ([getattr(layer, name)[:, :, :length] for layer in layers] for name in ("keys", "values"))
+        # Copies, so that the other tokens' memory is free again.
+        keys, values = (
+            [getattr(layer, name)[:, :, :length].clone() for layer in layers] for name in ("keys", "values")
+        )
         return cls(length, keys, values)
 
     def cache(self) -> DynamicCache:
