@@ -22,7 +22,6 @@ from vllm_mod.config import ConfigError
 
 from .data import IGNORED
 from .model import architecture_of_model, decoder_layers, given_prompts
-from .past import Past, past_length
 from .routing import ModelRouting, routing_of
 from .sublayers import hide_skipped_keys, stock
 
@@ -134,15 +133,14 @@ def answer_logits(
     batch: Batch,
     states: Tensor | None = None,
     first: int = 0,
-    past: Past | None = None,
     cache: DynamicCache | None = None,
 ) -> Tensor:
     """What predicts each answer token, `[tokens, vocabulary]` in the model's precision, row by row of the batch.
 
-    From the states before layer `first`, or from the tokens (see `advance`); past: the first of both are left out.
-    cache: an empty one, to be filled.
+    From the states before layer `first`, or from the tokens (see `advance`). cache: is filled; tokens that it has
+    already are left out (`past.Past`).
     """
-    begin = 0 if past is None else past.length
+    begin = 0 if cache is None else cache.get_seq_length()
     answers = supervised(batch)[:, begin:].to(model.device)
     states = None if states is None else states[:, begin:]
     last = len(decoder_layers(model))
@@ -153,17 +151,9 @@ def answer_logits(
     with _running(model, states, first, last), requests_of(model, batch):
         hook = model.get_output_embeddings().register_forward_pre_hook(of_answers)
         try:
-            return _forward(model, batch, 0, begin, cache if past is None else past.cache()).logits
+            return _forward(model, batch, 0, cache).logits
         finally:
             hook.remove()
-
-
-def with_past(model: Any, batch: Batch) -> tuple[Tensor, Past | None]:
-    """`answer_logits` of a batch whose given decisions keep all, and what they need not run again for others."""
-    length = past_length(model, batch)
-    cache = DynamicCache() if length else None
-    logits = answer_logits(model, batch, cache=cache)
-    return logits, None if cache is None else Past.of(cache, length)
 
 
 def supervised(batch: Batch) -> Tensor:
@@ -214,9 +204,10 @@ def sublayer(model: Any, batch: Batch, states: Tensor, layer: int) -> tuple[Tens
     return inputs[0], torch.stack(outputs).double().sum(0) * state.residual_multiplier, may_skip
 
 
-def _forward(model: Any, batch: Batch, predicted: int = 1, begin: int = 0, cache: DynamicCache | None = None) -> Any:
-    """predicted: how many of the last tokens are; 0: all. begin: tokens that the cache has already."""
-    inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    inputs["input_ids"] = inputs["input_ids"][:, begin:]
-    options = {} if cache is None else {"past_key_values": cache, "use_cache": True}
-    return model(**inputs, **options, logits_to_keep=predicted)
+def _forward(model: Any, batch: Batch, predicted: int = 1, cache: DynamicCache | None = None) -> Any:
+    """predicted: how many of the last tokens are; 0: all. cache: of tokens that are not run again."""
+    inputs: dict[str, Any] = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    if cache is not None:
+        inputs["input_ids"] = inputs["input_ids"][:, cache.get_seq_length() :]
+        inputs |= {"past_key_values": cache, "use_cache": True}
+    return model(**inputs, logits_to_keep=predicted)

@@ -25,9 +25,9 @@ from vllm_mod.granularity import POLICIES
 from .arguments import RouterArguments, parse_window
 from .costs_file import CostsFile, Rows
 from .data import Collator
-from .layerwise import Batch, answer_logits, supervised, with_past
+from .layerwise import Batch, answer_logits, supervised
 from .model import attach_routers, decoder_layers, load_base
-from .past import Past
+from .past import Past, decisions_given, skipping, with_past
 from .patches import batch_size, collate, fit_patches, give
 from .predictions import divergences, log_probabilities
 from .preflight import check_writable
@@ -227,27 +227,24 @@ def _measured(args: RouterArguments, training_args: Any, shape: BaseShape, base:
 def _measure_batch(model: Any, batch: Batch, progress: Any) -> tuple[Tensor, Tensor, Tensor]:
     """nats, tokens and inputs of a batch's samples, see `Measured`."""
     answers = supervised(batch).to(model.device)
-    state, layers = routing_of(model), routing_of(model).config.layers
-    keep = torch.ones(len(answers), len(layers), dtype=torch.float64)
+    layers = routing_of(model).config.layers
+    none = torch.zeros(len(answers), len(layers), dtype=torch.bool)
     rows = answers.nonzero()[:, 0]
     found = torch.zeros(len(answers), len(layers), dtype=torch.float64, device=model.device)
-    state.cutoffs = tuple(0.0 for _ in layers)
-    try:
-        dense, before, inputs, past = _dense(model, {**batch, "scores": keep})
+    with decisions_given(model):
+        dense, before, inputs, past = _dense(model, skipping(batch, none))
         progress.update()
         for place, layer in enumerate(layers):
-            scores = keep.clone()
-            scores[:, place] = -1.0
-            without = answer_logits(model, {**batch, "scores": scores}, before[layer], layer, past)
+            skips = none.clone()
+            skips[:, place] = True
+            without = answer_logits(model, skipping(batch, skips), before[layer], layer, past.cache())
             found[:, place].index_add_(0, rows, divergences(without, dense).double())
             progress.update()
-    finally:
-        state.cutoffs = None
     tokens = answers.sum(1).double().cpu()
     return found.cpu() / tokens.clamp(min=1.0)[:, None], tokens, inputs
 
 
-def _dense(model: Any, batch: Batch) -> tuple[Tensor, list[Tensor], Tensor, Past | None]:
+def _dense(model: Any, batch: Batch) -> tuple[Tensor, list[Tensor], Tensor, Past]:
     """The dense model's log probabilities, the hidden states before each layer, the means that routers score, and what
     is not run again."""
     state, before, means = routing_of(model), list[Tensor](), list[Tensor]()

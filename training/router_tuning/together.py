@@ -11,10 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .data import Collator
-from .layerwise import answer_logits, supervised, with_past
+from .layerwise import answer_logits, supervised
+from .past import decisions_given, skipping, with_past
 from .per_token import mean_per_token
 from .predictions import divergences, log_probabilities, losses
-from .routing import routing_of
 from .selection import batches_of, tokens_of_a_forward
 
 
@@ -51,32 +51,22 @@ def lost(model: Any, samples: Sequence[Mapping[str, Any]], skips: Sequence[Tenso
     loss = nats.clone()
     tokens = torch.zeros(len(samples), dtype=torch.float64)
     total = len(batches) * (len(skips) + 1)
-    state = routing_of(model)
-    state.cutoffs = tuple(0.0 for _ in state.config.layers)
     progress = tqdm(total=total, desc="skipped together", unit="forward", disable=True if quiet else None)
 
-    with progress:
-        try:
-            for places in batches:
-                these = [order[place] for place in places]
-                batch = Collator(0)([dict(samples[i]) for i in these])
-                answers = supervised(batch)
-                tokens[these] = answers.sum(1).double()
-                owners, labels = answers.nonzero()[:, 0], batch["labels"][:, 1:][answers].to(model.device)
-                kept, past = with_past(model, {**batch, "scores": _scores(torch.zeros_like(skips[0][these]))})
+    with progress, decisions_given(model):
+        for places in batches:
+            these = [order[place] for place in places]
+            batch = Collator(0)([dict(samples[i]) for i in these])
+            answers = supervised(batch)
+            tokens[these] = answers.sum(1).double()
+            owners, labels = answers.nonzero()[:, 0], batch["labels"][:, 1:][answers].to(model.device)
+            kept, past = with_past(model, skipping(batch, torch.zeros_like(skips[0][these])))
+            progress.update()
+            dense, likely = log_probabilities(kept), losses(kept, labels)
+            for choice, skip in enumerate(skips):
+                found = answer_logits(model, skipping(batch, skip[these]), cache=past.cache())
                 progress.update()
-                dense, likely = log_probabilities(kept), losses(kept, labels)
-                for choice, skip in enumerate(skips):
-                    found = answer_logits(model, {**batch, "scores": _scores(skip[these])}, past=past)
-                    progress.update()
-                    less_likely = losses(found, labels) - likely
-                    for sums, values in ((nats, divergences(found, dense)), (loss, less_likely)):
-                        sums[choice, these] = nats.new_zeros(len(these)).index_add_(0, owners, values.double().cpu())
-        finally:
-            state.cutoffs = None
+                less_likely = losses(found, labels) - likely
+                for sums, values in ((nats, divergences(found, dense)), (loss, less_likely)):
+                    sums[choice, these] = nats.new_zeros(len(these)).index_add_(0, owners, values.double().cpu())
     return Lost(nats, loss, tokens)
-
-
-def _scores(skips: Tensor) -> Tensor:
-    """What is skipped at cutoffs of 0 as bool `skips` says."""
-    return torch.where(skips, -1.0, 1.0).double()

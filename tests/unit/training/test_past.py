@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from router_tuning.data import IGNORED, Collator
-from router_tuning.layerwise import Batch, advance, answer_logits, with_past
+from router_tuning.layerwise import Batch, advance, answer_logits
 from router_tuning.model import attach_routers, load_base
-from router_tuning.past import past_length
+from router_tuning.past import past_length, with_past
 from router_tuning.routing import routing_of
 from tests.support.models import tiny_model
 from tests.unit.training.helpers import VOCAB
@@ -53,14 +53,16 @@ def test_what_comes_behind_is_predicted_alike(base: Path, target: str) -> None:
     kept = {**batch, "scores": torch.ones(4, 3).double()}
     skips = {**batch, "scores": torch.tensor([[1, -1, 1], [-1, -1, 1], [-1, 1, -1], [1, 1, 1]]).double()}
     dense, past = with_past(model, kept)
-    assert past is not None and past.length == 4  # the first answer token is predicted from the fifth
+    assert [keys.shape[2] for keys in (*past.keys, *past.values)] == [
+        4
+    ] * 8  # the first answer token is predicted from the fifth
     torch.testing.assert_close(dense, answer_logits(model, kept))
     expected = answer_logits(model, skips)
     assert not torch.allclose(expected, dense, atol=1e-3)
-    torch.testing.assert_close(answer_logits(model, skips, past=past), expected)
-    torch.testing.assert_close(answer_logits(model, kept, past=past), dense)  # and is not written to
+    torch.testing.assert_close(answer_logits(model, skips, cache=past.cache()), expected)
+    torch.testing.assert_close(answer_logits(model, kept, cache=past.cache()), dense)  # and is not written to
     states = advance(model, kept, None, 0, 2)
-    torch.testing.assert_close(answer_logits(model, kept, states, 2, past), dense)
+    torch.testing.assert_close(answer_logits(model, kept, states, 2, past.cache()), dense)
 
 
 @torch.no_grad()
@@ -71,7 +73,7 @@ def test_decisions_are_not_taken_from_tokens_that_are_not_there(tmp_path: Path) 
         _, past = with_past(model, {**batch, "scores": torch.ones(1, 3).double()})
         for scores in ({}, {"scores": torch.tensor([[1, torch.nan, 1]]).double()}):
             with pytest.raises(NotImplementedError):
-                answer_logits(model, {**batch, **scores}, past=past)
+                answer_logits(model, {**batch, **scores}, cache=past.cache())
 
 
 @pytest.mark.parametrize(
