@@ -41,18 +41,6 @@ RATE, _RISING = 1e-3, 0.1
 _SHARES = (0.25, 0.5, 1.0)
 
 
-def distilled(
-    model: Any,
-    samples: Sequence[Mapping[str, Any]],
-    number: int,
-    passes: int,
-    directory: Path,
-    file: Unfinished | None = None,
-) -> Distilled | None:
-    """The first `number` of a command's samples; None of none."""
-    return distill(model, samples[:number], directory, passes, file=file) if number else None
-
-
 def distill(
     model: Any,
     samples: Sequence[Mapping[str, Any]],

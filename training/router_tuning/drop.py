@@ -21,15 +21,18 @@ from vllm_mod.tensors import Patch
 
 from .arguments import ExportArguments
 from .data import calibration_samples
-from .distill import distilled
 from .loading import measuring_dtype, on_best_device
 from .model import architecture_of_model, attach_routers, decoder_layers, load_base
-from .patch_record import PATCHES_FILE, PatchRecord
-from .patches import check_rank, collate, fit_patches, with_patch
+from .patch_record import PATCHES_FILE
+from .patches import check_rank, collate, with_patch
+from .patching import beside, make_patches, unfinished
 from .preflight import check_vocabulary, check_writable
 from .routing import routing_of
 from .selection import cheapest
+from .unfinished import Unfinished
 
+#: Samples of a forward in which patches are fitted.
+_BATCH = 16
 #: Target -> where the residual stream is read before and after it.
 _ENDS = {"attn": ("before", "between"), "mlp": ("between", "after"), "block": ("before", "after")}
 
@@ -86,10 +89,11 @@ def most_similar(similarity: Sequence[float], number: int) -> list[int]:
 
 def dropped(
     args: ExportArguments, base: Path, shape: BaseShape, command: str
-) -> tuple[ModConfig, dict[int, Patch], dict[str, str]]:
+) -> tuple[ModConfig, dict[int, Patch], dict[str, str], Unfinished | None]:
     """`export --drop-attention N`: the N layers are chosen on calibration data, and their patches fitted on it.
 
-    Returns the config, the patches if there shall be some, and records of them. command: what was typed.
+    Returns the config, the patches if there shall be some, records of them, and the file that has them until the
+    checkpoint has. command: what was typed.
     """
     if args.routers is not None or args.layers is not None or args.granularity not in (None, "attn_static"):
         raise ConfigError("--drop-attention chooses the layers itself; drop --routers, --layers and --granularity")
@@ -109,7 +113,7 @@ def dropped(
     samples, counts = calibration_samples(args, base)
     check_vocabulary(base, samples)
     if args.patch_rank is not None:  # what is wrong with the data is said before the model is loaded
-        batches = collate(samples, any_layers, args.patch_rank, 16, ", ".join(args.data))
+        batches = collate(samples, any_layers, args.patch_rank, _BATCH, ", ".join(args.data))
     model = on_best_device(load_base(base, measuring_dtype()).eval())
     similarity = attention_similarity(model, [sample["input_ids"] for sample in samples])
     layers = most_similar(similarity, args.drop_attention)
@@ -117,11 +121,12 @@ def dropped(
         print(f"layer {i:3}: similarity {value:.4f}{'  dropped' if i in layers else ''}")
     config = ModConfig.parse(settings | {"layers": layers}, "--drop-attention")
     if batches is None or args.patch_rank is None:
-        return config, {}, {}
+        return config, {}, {}, None
     attach_routers(model, config)
-    fitted = fit_patches(model, batches, args.patch_rank, place)
-    nearer = distilled(model, samples, args.distilled_samples, args.distilled_passes, place)
-    record = PatchRecord.of(fitted, args.patch_rank, command, args.data, len(samples), counts.to_dict(), nearer)
+    file = unfinished(beside(output), model, samples, args.patch_rank, args, _BATCH)
+    with file.named_on_interrupt():
+        record = make_patches(model, samples, batches, args.patch_rank, args, place, command, counts.to_dict(), file)
+        file.write()
     record.report()
     patches = {layer: patch.tensors() for layer, patch in routing_of(model).patches.items()}
-    return with_patch(config, args.patch_rank), patches, {PATCHES_FILE: record.to_text()}
+    return with_patch(config, args.patch_rank), patches, {PATCHES_FILE: record.to_text()}, file

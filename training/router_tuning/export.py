@@ -28,9 +28,11 @@ from vllm_mod.tensors import Patch
 from . import card
 from .arguments import ExportArguments, check_output, make_mod_config
 from .hub import local_model, warn_of_strangers
+from .interrupt import deferred
 from .lora import ADAPTER_DIR
 from .patch_record import PATCHES_FILE
 from .records import ROUTER_RECORDS
+from .unfinished import Unfinished
 
 
 def base_shape(directory: Path) -> BaseShape:
@@ -62,7 +64,10 @@ def export(args: ExportArguments, records: dict[str, str] | None = None) -> Path
         output = write_routers(args.output, parts.config, parts.routers, parts.patches, records, parts.folders)
     else:
         output = write_checkpoint(base, args.output, parts.config, parts.routers, records, parts.folders, parts.patches)
-    card.write(output)
+    with deferred():
+        card.write(output)
+        if parts.unfinished is not None:
+            parts.unfinished.remove()
     return output
 
 
@@ -75,6 +80,8 @@ class Parts:
     records: Mapping[str, str] = field(default_factory=dict)
     routers: Mapping[int, Tensor] = field(default_factory=dict)
     folders: Mapping[str, Path] = field(default_factory=dict)
+    #: has the patches until the checkpoint has
+    unfinished: Unfinished | None = None
 
 
 def _parts(args: ExportArguments, base: Path, shape: BaseShape, command: str) -> Parts:
@@ -87,7 +94,8 @@ def _parts(args: ExportArguments, base: Path, shape: BaseShape, command: str) ->
         if args.drop_attention is not None:
             from .drop import dropped
 
-            return Parts(*dropped(args, base, shape, command))
+            config, patches, made, file = dropped(args, base, shape, command)
+            return Parts(config, patches, made, unfinished=file)
         return Parts(_static_config(args, base, shape))
     directory = local_model(args.routers, routers=True)
     config = _router_config(directory, args, shape)

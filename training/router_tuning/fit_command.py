@@ -16,15 +16,15 @@ from .choice import Choice, best, choices
 from .cost_routers import saving
 from .costs_file import CostsFile, fingerprint
 from .data import calibration_samples, check_sources
-from .distill import distilled
 from .export import base_shape
 from .fit_arguments import FitArguments
 from .hub import local_model
 from .interrupt import deferred
 from .loading import fitting_dtype, on_best_device, stored_in_bf16
 from .model import attach_routers, load_base
-from .patch_record import PATCHES_FILE, PatchRecord
-from .patches import batch_size, check_rank, collate, fit_patches, with_patch
+from .patch_record import PATCHES_FILE
+from .patches import batch_size, check_rank, collate, with_patch
+from .patching import beside, make_patches
 from .preflight import check_vocabulary, check_writable
 from .routing import routing_of
 from .selection import Measured, every_layer, measure, report
@@ -63,7 +63,7 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
     model = on_best_device(load_base(base, dtype).eval())
     belongs_to = fingerprint(model, samples, target, window, args.patch_rank)
     costs = CostsFile(_costs_path(args), belongs_to)
-    unfinished = Unfinished(_beside(args.output, "unfinished"), belongs_to | {"flags": _flags(args)})
+    unfinished = Unfinished(beside(Path(args.output)), belongs_to | {"flags": _flags(args)})
     with costs.named_on_interrupt(), unfinished.named_on_interrupt():
         number, rank = args.measured_samples, args.patch_rank
         measured = measure(model, samples, shape, target, window, rank, place, number, file=costs)
@@ -84,10 +84,10 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
         scores = choice.scores(measured, len(samples))
         samples = [dict(sample) | {"scores": scores[place]} for place, sample in enumerate(samples)]
         batches = collate(samples, config, args.patch_rank, batch_size(model, samples), ", ".join(args.data))
-        fitted = fit_patches(model, batches, args.patch_rank, place, file=unfinished)
-        nearer = distilled(model, samples, args.distilled_samples, args.distilled_passes, place, unfinished)
         command = next(iter(records["train_command.txt"].splitlines()))
-        record = PatchRecord.of(fitted, args.patch_rank, command, args.data, len(samples), counts.to_dict(), nearer)
+        record = make_patches(
+            model, samples, batches, args.patch_rank, args, place, command, counts.to_dict(), unfinished
+        )
         record.report()
         with deferred():
             output = write_checkpoint(
@@ -107,11 +107,8 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
 
 def _costs_path(args: FitArguments) -> Path:
     """Beside the output, unless it was named."""
-    return _beside(args.output, "costs.safetensors") if args.costs is None else Path(args.costs)
-
-
-def _beside(output: str, ending: str) -> Path:
-    return Path(output).with_name(f"{Path(output).name}.{ending}")
+    output = Path(args.output)
+    return output.with_name(f"{output.name}.costs.safetensors") if args.costs is None else Path(args.costs)
 
 
 def _flags(args: FitArguments) -> str:

@@ -21,6 +21,7 @@ class KeptFile(ABC):
         """belongs_to: name -> value, whatever its content depends on."""
         self.path, self.belongs_to = path, dict(belongs_to)
         self._written = time.monotonic()
+        self._removed = False
 
     @abstractmethod
     def write(self) -> None:
@@ -47,10 +48,12 @@ class KeptFile(ABC):
         try:
             yield
         except KeyboardInterrupt:
-            if contents := self.contents():
+            if not self._removed and (contents := self.contents()):
                 self.write()
                 print(f"{contents} are in {self.path}; the same command goes on from it", file=sys.stderr)
             raise
 
     def remove(self) -> None:
+        """What it was kept for is there. An interrupt that has waited for that writes it no more."""
+        self._removed = True
         self.path.unlink(missing_ok=True)

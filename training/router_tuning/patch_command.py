@@ -23,13 +23,13 @@ from vllm_mod.trainer_log import LOG_FILE
 from . import card
 from .arguments import PatchArguments, check_output
 from .data import calibration_samples, check_sources
-from .distill import distilled
 from .export import shape_of
 from .interrupt import deferred
 from .loading import base_of, checkpoint_config, load_routed
 from .lora import ADAPTER_DIR
 from .patch_record import PatchRecord
-from .patches import check_rank, collate, fit_patches, with_patch
+from .patches import check_rank, collate, with_patch
+from .patching import beside, make_patches, unfinished
 from .plot import PLOT_FILE
 from .preflight import check_vocabulary, check_writable
 from .records import ARGUMENTS_FILE
@@ -61,16 +61,20 @@ def patch(args: PatchArguments, command: str) -> tuple[PatchRecord, Path]:
     check_vocabulary(base, samples)
     batches = collate(samples, stored, args.rank, args.batch_size, ", ".join(args.data))
     model = load_routed(directory, base, with_patch(stored, None))
-    fitted = fit_patches(model, batches, args.rank, place)
-    nearer = distilled(model, samples, args.distilled_samples, args.distilled_passes, place)
-    record = PatchRecord.of(fitted, args.rank, command, args.data, len(samples), counts.to_dict(), nearer)
-    config = with_patch(stored, args.rank)
-    patches = {layer: patch.tensors() for layer, patch in routing_of(model).patches.items()}
-    with deferred(), nullcontext(directory) if args.output is None else _copy(directory, output) as target:
-        replace_routers(target, config, routers, patches)
-        record.write(target)
-        _set_evaluation_aside(target)
-        card.write(target)
+    # In place it lies inside: what is beside the checkpoint may not be writable.
+    path = directory / "patches.unfinished" if args.output is None else beside(output)
+    file = unfinished(path, model, samples, args.rank, args, args.batch_size)
+    with file.named_on_interrupt():
+        record = make_patches(model, samples, batches, args.rank, args, place, command, counts.to_dict(), file)
+        config = with_patch(stored, args.rank)
+        patches = {layer: patch.tensors() for layer, patch in routing_of(model).patches.items()}
+        with deferred():
+            with nullcontext(directory) if args.output is None else _copy(directory, output) as target:
+                replace_routers(target, config, routers, patches)
+                record.write(target)
+                _set_evaluation_aside(target)
+                card.write(target)
+            file.remove()
     if not stored.is_static and stored.window is None and (directory / CALIBRATION_FILE).is_file():
         log.warning("%s: patches change what later layers decide on; run router-tuning calibrate again", output)
     return record, output

@@ -1,6 +1,7 @@
-"""What `fit` has found behind its costs, on disk beside the output: an interrupted one goes on from it.
+"""What a command that makes patches has of them, on disk: an interrupted one goes on from it.
 
-Which choice was best, patches that are fitted, and the steps that distilled them. It vanishes when the output is there.
+Which choice was best (`fit`), patches that are fitted, and the steps that distilled them. It vanishes when the output
+is there.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from vllm_mod import __version__
 from vllm_mod.tensors import Patch
 
 from .kept_file import KeptFile
@@ -27,8 +29,8 @@ class Unfinished(KeptFile):
 
     def __init__(self, path: Path, belongs_to: Mapping[str, str]) -> None:
         """belongs_to: name -> value, whatever it depends on. A file of anything else is one that another command left
-        behind, and is written over."""
-        super().__init__(path, belongs_to)
+        behind, and is written over; so is one of another version."""
+        super().__init__(path, {**belongs_to, "version": __version__})
         #: which of the choices, in words
         self.choice: str | None = None
         self.fitted: dict[int, Fitted] = {}
@@ -61,7 +63,7 @@ class Unfinished(KeptFile):
         self._replace(lambda path: path.write_bytes(content.getbuffer()))
 
     def contents(self) -> str:
-        if self.choice is None:
+        if self.choice is None and not self.fitted:
             return ""
         steps = 0 if self.distillation is None else self.distillation["done"]
         return f"{len(self.fitted)} patches" + (f" and {steps} steps of their distillation" if steps else "")

@@ -136,7 +136,7 @@ def test_patches_are_for_requests_that_no_router_has_seen(
         monkeypatch.setattr(fit_command, name, instead)
 
     noted("collate", 0)
-    noted("distilled", 1)
+    noted("make_patches", 1)
     more = ["--measured-samples", "24", "--max-samples", "30", "--distilled-samples", "30"]
     assert main(words(base, data, tmp_path / "c", *more)) == 0
     config = read_mod_config(tmp_path / "c")

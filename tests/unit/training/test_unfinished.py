@@ -1,7 +1,9 @@
-"""A `fit` that was interrupted behind its measurement: what it goes on from, and that the result is the same."""
+"""A command that was interrupted while it made patches: what it goes on from, and that the result is the same."""
 
 from __future__ import annotations
 
+import os
+import signal
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from router_tuning import distill, fit_command, kept_file, patches, unfinished
+from router_tuning import card, distill, export, fit_command, kept_file, patch_command, patches, unfinished
 from router_tuning.cli import main
+from tests.support.models import routed_checkpoint
 from tests.unit.training.test_fit_command import ROWS, base, data, words
 
 __all__ = ["base", "data"]  # fixtures
@@ -128,3 +131,107 @@ def test_a_killed_one_loses_half_a_minute(
     again = calls(monkeypatch, distill._Steps, "take")
     assert main(words(base, data, tmp_path / "c", *MORE)) == 0
     assert len(again) == STEPS - 5 and same(tmp_path / "c", whole)
+
+
+@pytest.fixture(scope="module")
+def routed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return routed_checkpoint(base, tmp_path_factory.mktemp("routed") / "c", "attn_sequence", (0, 1, 3), seed=3)
+
+
+@pytest.fixture(params=["in place", "another", "export"])
+def others(request: pytest.FixtureRequest, base: Path, data: Path, routed: Path, tmp_path: Path) -> Any:
+    """The other commands that make patches: what is typed, the file that is kept, its output, what writes it."""
+    output, sort = tmp_path / "c", request.param
+    more = ["--data", str(data), "--output", str(output), "--eval-fraction", "0"]
+    if sort == "export":
+        words = ["export", "--model", str(base), "--drop-attention", "3", "--patch-rank", "2", *more]
+        return words, tmp_path / "c.unfinished", output, (export, "write_checkpoint")
+    if sort == "another":
+        words = ["patch", str(routed), "--rank", "2", *more]
+        return words, tmp_path / "c.unfinished", output, (patch_command, "replace_routers")
+    routed_checkpoint(base, output, "attn_sequence", (0, 1, 3), seed=3)
+    words = ["patch", str(output), "--rank", "2", "--data", str(data), "--eval-fraction", "0"]
+    return words, output / "patches.unfinished", output, (patch_command, "replace_routers")
+
+
+@pytest.mark.parametrize("where", ["patches", "steps", "writing"])
+def test_so_do_the_others(
+    others: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], where: str
+) -> None:
+    command, file, output, writes = others
+    stops = {"patches": (patches, "_moments", 2), "steps": (distill._Steps, "take", 7), "writing": (*writes, 0)}
+    with monkeypatch.context() as patch:
+        calls(patch, *stops[where])
+        assert main(command) == 130
+    said = {"patches": "2 patches are in", "steps": "3 patches and 7 steps", "writing": "3 patches and "}[where]
+    if (where, writes[0]) != ("writing", export):  # that one has left the work behind, and its file is whole
+        assert said in capsys.readouterr().err
+    assert file.is_file()
+    with monkeypatch.context() as patch:
+        again = calls(patch, patches, "_moments"), calls(patch, distill._Steps, "take")
+        assert main(command) == 0
+    steps = 2 * -(-(len(ROWS) - len(ROWS[::10])) // 4)
+    assert [len(found) for found in again] == {"patches": [1, steps], "steps": [0, steps - 7], "writing": [0, 0]}[where]
+    assert [path.name for path in tmp_path.iterdir()] == ["c"] and not file.exists()
+    resumed = routers(output)
+    if command[0] == "patch" and "--output" not in command:
+        assert main(command) == 0  # what is there is replaced
+    else:
+        output.rename(tmp_path / "resumed")
+        assert main(command) == 0
+    anew = routers(output)
+    assert all(torch.equal(resumed[name], anew[name]) for name in anew) and resumed.keys() == anew.keys()
+
+
+def test_what_another_routing_left_behind_is_not_gone_on_from(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = routed_checkpoint(base, tmp_path / "c", "attn_sequence", (0, 1, 3), seed=3)
+    command = ["patch", str(checkpoint), "--rank", "2", "--data", str(data)]
+    with monkeypatch.context() as patch:
+        calls(patch, distill._Steps, "take", 7)
+        assert main(command) == 130
+    assert main(["calibrate", str(checkpoint), "--target-capacity", "0.3", "--data", str(data)]) == 0
+    again = calls(monkeypatch, patches, "_moments")
+    assert main(command) == 0 and len(again) == 3
+
+
+def test_nor_what_another_version_left(
+    base: Path, data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(unfinished, "__version__", "0.1")
+        calls(patch, distill._Steps, "take", 3)
+        assert main(words(base, data, tmp_path / "c", *MORE)) == 130
+    steps = calls(monkeypatch, distill._Steps, "take")
+    assert main(words(base, data, tmp_path / "c", *MORE)) == 0
+    assert len(steps) == STEPS and same(tmp_path / "c", whole)
+
+
+@pytest.mark.parametrize("sort", ["fit", "patch", "in place", "export"])
+def test_an_interrupt_that_waits_for_the_output_leaves_nothing(
+    base: Path, data: Path, routed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sort: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The output is there, so there is nothing to go on with."""
+    inner, output = card.write, tmp_path / "c"
+    more = ["--data", str(data), "--eval-fraction", "0"]
+    if sort == "in place":
+        routed_checkpoint(base, output, "attn_sequence", (0, 1, 3), seed=3)
+    command = {
+        "fit": words(base, data, output, *MORE),
+        "patch": ["patch", str(routed), "--rank", "2", *more, "--output", str(output)],
+        "in place": ["patch", str(output), "--rank", "2", *more],
+        "export": ["export", "--model", str(base), "--drop-attention", "3", "--patch-rank", "2", *more,
+                   "--output", str(output)],
+    }[sort]  # fmt: skip
+
+    def pressed(directory: Path) -> None:
+        inner(directory)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(card, "write", pressed)
+    assert main(command) == 130
+    assert "goes on from it" not in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["c"] and not list(output.glob("*unfinished*"))
+    assert (output / "patches.json").is_file()
