@@ -62,7 +62,7 @@ class Run:
             "--layers", *map(str, self.layers), "--max-train-samples", str(self.samples),
             "--max-length", str(args.max_length), "--eval-fraction", f"{args.fraction:g}", "--max-eval-samples", "32",
             "--per-device-train-batch-size", str(args.batch_size), "--bf16", str(args.bf16).lower(),
-            "--seed", str(self.seed),
+            "--seed", str(self.seed), "--window", "none", "--patch", "none",  # as in the paper
         ]  # fmt: skip
 
 

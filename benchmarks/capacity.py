@@ -93,7 +93,7 @@ def one_run(args: argparse.Namespace, target: float, seed: int, directory: Path,
         "train", "--model", args.model, "--data", *args.data, "--output", checkpoint, "--target-capacity", target,
         "--granularity", args.granularity, *layers, "--seed", seed, "--max-train-samples", args.train_samples,
         "--max-length", args.max_length, "--eval-fraction", args.eval_fraction, "--max-eval-samples", 64,
-        "--disable-tqdm", "true",
+        "--disable-tqdm", "true", "--window", "none", "--patch", "none",  # as in the paper
     )  # fmt: skip
     calibration, measured = files
     run: dict[str, Any] = {"target": target, "seed": seed}

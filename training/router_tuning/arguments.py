@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,11 @@ import torch
 from transformers import TrainingArguments
 
 from vllm_mod.checkpoint import BaseShape
-from vllm_mod.config import ConfigError, ModConfig, default_layers
-from vllm_mod.granularity import GRANULARITIES
+from vllm_mod.config import ConfigError, ModConfig
+from vllm_mod.granularity import GRANULARITIES, POLICIES
 
-from .fit_arguments import FitArguments, distilled_passes, distilled_samples
+from .fit_arguments import DEFAULT_RANK, DEFAULT_WINDOW, FitArguments, distilled_passes, distilled_samples
+from .flag_words import parse_layers, parse_window
 from .trainer_flags import OPTIMIZERS
 
 #: How far one AdamW step may move a score, at most, for inputs of unit size. See `default_learning_rate`.
@@ -57,9 +56,10 @@ class RouterArguments:
         },
     )
     window: str = field(
-        default="none",
+        default="auto",
         metadata={"help": "*_sequence: decide by the first W tokens of the prompt alone, which always run, so that "
-                  "prefixes can be shared; `none`: by the whole prompt"},
+                  f"prefixes can be shared; `auto`: {DEFAULT_WINDOW}, and none for other granularities; `none`: by the "
+                  "whole prompt, as in the paper"},
     )  # fmt: skip
     target_capacity: float = field(default=0.5, metadata={"help": "kept ratio to reach, from 0 to 1"})
     capacity_loss: str = field(
@@ -72,12 +72,13 @@ class RouterArguments:
         metadata={"aliases": ["--lambda"], "help": "weight of the capacity loss: where the controller starts "
                   "(default 0), or the paper's fixed value (default 0.01)"},
     )  # fmt: skip
-    patch_rank: int | None = field(
-        default=None,
+    patch_rank: str = field(
+        default="auto",
         metadata={"aliases": ["--patch"],
                   "help": "when the routers are trained, fit patches of this rank, which stand in for what is skipped, "
-                  "on training samples (as `router-tuning patch` does); 0: a bias; default, or `none`: nothing stands "
-                  "in, as in the paper"},
+                  "on training samples (as `router-tuning patch` does); 0: a bias; `auto`: "
+                  f"{DEFAULT_RANK}, or an eighth of the hidden size if that is less, where there is a window; `none`: "
+                  "nothing stands in, as in the paper"},
     )  # fmt: skip
     max_length: int = field(default=1024, metadata={"help": "longer samples are truncated; counted"})
     max_train_samples: int | None = field(
@@ -112,6 +113,8 @@ class RouterArguments:
 
     def __post_init__(self) -> None:
         self.layers = None if self.layers == ["auto"] else self.layers
+        if self.window == "auto":
+            self.window = str(DEFAULT_WINDOW) if POLICIES[self.granularity].by_request else "none"
 
 
 @dataclass
@@ -266,29 +269,6 @@ class PatchArguments:
     model: str | None = field(
         default=None, metadata={"help": "base model of a router-only directory; default: the one it names"}
     )
-
-
-def parse_layers(words: Sequence[str] | None, num_layers: int) -> list[int]:
-    """`["5-7", "9,10"]` -> `[5, 6, 7, 9, 10]`; None: the default."""
-    if words is None:
-        return default_layers(num_layers)
-    layers: list[int] = []
-    for word in (part for w in words for part in w.split(",") if part):
-        first, _, last = word.partition("-")
-        try:
-            layers += range(int(first), int(last or first) + 1)
-        except ValueError:
-            raise ConfigError(f"--layers: {word!r} is neither a layer number nor a range like 5-10") from None
-    return sorted(layers)
-
-
-def parse_window(word: str) -> int | None:
-    """`"64"` -> 64, `"none"` -> None; raises ConfigError."""
-    if word == "none":
-        return None
-    if not re.fullmatch(r"[1-9][0-9]{0,8}", word):
-        raise ConfigError(f"--window: a number of tokens, 1 or more, or `none` is needed (got {word!r})")
-    return int(word)
 
 
 def make_mod_config(args: RouterArguments | ExportArguments | FitArguments, shape: BaseShape, **more: Any) -> ModConfig:

@@ -7,6 +7,10 @@ from typing import Any
 
 from vllm_mod.granularity import POLICIES
 
+#: Tokens of a decision window, and rank of what stands in for a skipped sublayer, where none is named. Of windows 16
+#: said nothing about requests and 4096 spares no prompt anything (docs/quality.md).
+DEFAULT_WINDOW, DEFAULT_RANK = 64, 64
+
 
 def distilled_samples() -> Any:
     """Of whatever fits patches."""
@@ -37,7 +41,9 @@ class FitArguments:
     layers: list[str] | None = field(
         default=None, metadata={"help": "routed layers, as for train; default, or `auto`: the half that costs least"}
     )
-    window: str = field(default="32", metadata={"help": "tokens at the start of a prompt that decide, and always run"})
+    window: str = field(
+        default=str(DEFAULT_WINDOW), metadata={"help": "tokens at the start of a prompt that decide, and always run"}
+    )
     target_capacity: float | None = field(
         default=None,
         metadata={"help": "kept ratio of the routed layers, by token, between 0 and 1 (default: 0.5)"},
@@ -47,7 +53,9 @@ class FitArguments:
         metadata={"help": "how many layers an answer token skips on average, of all, where it costs least; in place of "
                   "--layers and --target-capacity"},
     )  # fmt: skip
-    patch_rank: int = field(default=64, metadata={"help": "rank of what stands in for a skipped sublayer; 0: a bias"})
+    patch_rank: int = field(
+        default=DEFAULT_RANK, metadata={"help": "rank of what stands in for a skipped sublayer; 0: a bias"}
+    )
     static: bool = field(
         default=False,
         metadata={"help": "every request skips the same layers, the cheapest: what routers are to be compared with"},

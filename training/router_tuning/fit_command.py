@@ -11,13 +11,14 @@ from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.granularity import POLICIES
 
 from . import card
-from .arguments import check_output, make_mod_config, parse_window
+from .arguments import check_output, make_mod_config
 from .choice import Choice, best, choices
 from .cost_routers import saving
 from .costs_file import CostsFile, fingerprint
 from .data import calibration_samples, check_sources
 from .export import base_shape
 from .fit_arguments import FitArguments
+from .flag_words import parse_window
 from .hub import local_model
 from .interrupt import deferred
 from .loading import fitting_dtype, on_best_device, stored_in_bf16

@@ -31,7 +31,7 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_length": _at_least(2),
     "max_samples": _at_least(1),
     "rank": _at_least(0),
-    "patch_rank": _at_least(0),
+    "patch_rank": (lambda value: isinstance(value, str) or value >= 0, "0 or more is needed"),
     "distilled_samples": _at_least(0),
     "distilled_passes": _at_least(1),
     "batch_size": _at_least(1),

@@ -26,7 +26,8 @@ from vllm_mod.checkpoint import BaseShape, base_weight_map
 from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.files import ADAPTER_CONFIG_FILE, link_or_copy, model_files, open_weights
 
-from .arguments import RouterArguments, parse_layers
+from .arguments import RouterArguments
+from .flag_words import parse_layers
 
 #: Directory of an unmerged adapter inside a checkpoint: what `--lora-modules name=CKPT/adapter` takes.
 ADAPTER_DIR = "adapter"

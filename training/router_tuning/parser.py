@@ -53,7 +53,7 @@ class OneLineParser(HfArgumentParser):
         for action in self._actions:
             action.option_strings = [name for name in action.option_strings if "_" not in name]
             self.fields |= dict.fromkeys(action.option_strings, action.dest)
-            if action.dest == "patch_rank" and action.default is None:
+            if action.dest == "patch_rank" and action.default is None:  # of `export`
                 action.type = _number_or_none
             refused = RouterTrainingArguments in types and action.dest in REFUSED
             if refused or action.dest == "local_rank" or action.const is False:  # the last: --no-x is `--x false`

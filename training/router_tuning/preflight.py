@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 import zlib
 from array import array
@@ -20,6 +21,8 @@ from vllm_mod.config import ConfigError, ModConfig
 from . import states
 from .arguments import RouterArguments, RouterTrainingArguments
 from .records import read_state
+
+log = logging.getLogger(__name__)
 
 #: Settings whose change would have no effect on a resumed run, as they come from its state, or would mix up its data.
 _KEPT = (
@@ -46,12 +49,20 @@ def check_machine(training_args: RouterTrainingArguments, command: str) -> None:
 
 
 def check_patches(args: RouterArguments, training_args: RouterTrainingArguments) -> None:
-    """Whether `--patch-rank` can be had in this run."""
-    if args.patch_rank is not None and training_args.world_size > 1:
+    """Whether `--patch-rank` can be had in this run; `auto` is `none` where it cannot."""
+    if args.patch_rank == "none" or training_args.world_size == 1:
+        return
+    if args.patch_rank != "auto":
         raise ConfigError(
             f"--patch-rank: patches are fitted by one process, and this run has {training_args.world_size}; leave it "
             "out, and run `router-tuning patch` on the checkpoint afterwards"
         )
+    args.patch_rank = "none"
+    if training_args.process_index == 0 and args.window != "none":
+        log.warning(
+            "nothing will stand in for what is skipped: patches are fitted by one process, and this run has %d; run "
+            "`router-tuning patch` on the checkpoint afterwards", training_args.world_size,
+        )  # fmt: skip
 
 
 def check_reports(training_args: RouterTrainingArguments) -> None:

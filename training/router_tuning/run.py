@@ -29,6 +29,7 @@ from .arguments import (
 from .data import Collator, Counts, check_sources, describe, read_sources, split_tail, tokenize
 from .evaluation import Evaluation
 from .export import base_shape
+from .flag_words import parse_rank
 from .hub import local_model
 from .interrupt import StopOnInterrupt, ignored
 from .loss import CapacityLoss
@@ -73,11 +74,12 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
     tokenizer = load_tokenizer(base)
     train_set, eval_set, data_record = _datasets(args, training_args, tokenizer)
     preflight.check_vocabulary(base, train_set, eval_set)
-    if args.patch_rank is not None:
-        check_rank(args.patch_rank, config, shape.hidden_size, "--patch-rank")
-        _patch_batches(args, config, train_set, 1)
+    rank = parse_rank(args.patch_rank, config, shape.hidden_size)
+    if rank is not None:
+        check_rank(rank, config, shape.hidden_size, "--patch-rank")
+        _patch_batches(args, config, rank, train_set, 1)
     if args.layers is None and not config.policy.by_experts:
-        args.layers = [str(i) for i in selection.choose(args, training_args, shape, base, train_set, state)]
+        args.layers = [str(i) for i in selection.choose(args, training_args, shape, base, train_set, state, rank)]
         config = _checked_config(args, shape)
         adapter = lora.adapter_config(args, config, base, shape)
 
@@ -115,7 +117,7 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
             trainer.train(resume_from_checkpoint=str(state) if state else None)
         if stop.anywhere(training_args.device):
             raise KeyboardInterrupt
-        _finish(trainer, args, training_args, Parts(base, config, adapter, records, data_record))
+        _finish(trainer, args, training_args, Parts(base, config, rank, adapter, records, data_record))
         return 0
     except KeyboardInterrupt:
         if _is_there(args.output):  # all was done but to clear up
@@ -142,6 +144,8 @@ class Parts:
 
     base: Path
     config: ModConfig
+    #: of patches, or None
+    rank: int | None
     #: peft's LoraConfig, or None
     adapter: Any
     records: dict[str, str]
@@ -155,7 +159,7 @@ def _finish(
     model, run_dir, output = trainer.model, Path(training_args.output_dir or ""), Path(args.output)
     if args.capacity_loss == "controller":  # the paper's way ends with the last step's routers
         trainer.average.apply(routing_of(model).routers)
-    fitted = _fit_patches(trainer, args, run_dir) if args.patch_rank is not None else {}
+    fitted = _fit_patches(trainer, args, parts.rank, run_dir) if parts.rank is not None else {}
     routed = trainer.measure()
     with lora.without_adapter(model):
         dense = trainer.measure(threshold=0.0)
@@ -169,9 +173,9 @@ def _finish(
             LOG_FILE: _log_record(trainer, routed, dense, parts.data).to_text(),
         }
         config, patches = parts.config, {layer: found.patch for layer, found in fitted.items()}
-        if args.patch_rank is not None:
-            config = with_patch(config, args.patch_rank)
-            records[PATCHES_FILE] = _patch_record(trainer, args, parts, fitted).to_text()
+        if parts.rank is not None:
+            config = with_patch(config, parts.rank)
+            records[PATCHES_FILE] = _patch_record(trainer, args, parts, parts.rank, fitted).to_text()
         with lora.placed(parts.base, run_dir / states.FINAL, parts.adapter, args.lora_output) as (source, folders):
             write_checkpoint(source, output, config, routers, records, folders, patches)
             with ignored():
@@ -188,31 +192,34 @@ def _patch_samples(args: RouterArguments, train_set: Any) -> list[dict[str, Any]
     return list(train_set.select(range(min(len(train_set), PATCH_SAMPLES))))
 
 
-def _patch_batches(args: RouterArguments, config: ModConfig, train_set: Any, batch_size: int) -> list[dict[str, Any]]:
+def _patch_batches(
+    args: RouterArguments, config: ModConfig, rank: int, train_set: Any, batch_size: int
+) -> list[dict[str, Any]]:
     """What patches will be fitted on; raises ConfigError if that cannot be done."""
-    assert args.patch_rank is not None
-    return collate(_patch_samples(args, train_set), config, args.patch_rank, batch_size, ", ".join(args.data))
+    try:
+        return collate(_patch_samples(args, train_set), config, rank, batch_size, ", ".join(args.data))
+    except ConfigError as error:
+        raise ConfigError(f"{error}; or leave patches out with --patch none") from None
 
 
-def _fit_patches(trainer: RouterTrainer, args: RouterArguments, run_dir: Path) -> dict[int, Fitted]:
+def _fit_patches(trainer: RouterTrainer, args: RouterArguments, rank: int, run_dir: Path) -> dict[int, Fitted]:
     """For the trained routers; the model has them from then on."""
-    assert args.patch_rank is not None
     model: Any = trainer.model
     config, batch_size = routing_of(model).config, trainer.args.per_device_eval_batch_size
-    batches = _patch_batches(args, config, trainer.train_dataset, batch_size)
+    batches = _patch_batches(args, config, rank, trainer.train_dataset, batch_size)
     place = preflight.check_writable(run_dir, run_dir.absolute())
     try:
-        return fit_patches(model.eval(), batches, args.patch_rank, place, quiet=bool(trainer.args.disable_tqdm))
+        return fit_patches(model.eval(), batches, rank, place, quiet=bool(trainer.args.disable_tqdm))
     except ConfigError as error:
-        raise ConfigError(f"{error}; the routers are trained: go on with --resume and without --patch-rank") from None
+        raise ConfigError(f"{error}; the routers are trained: go on with --resume --patch none") from None
 
 
 def _patch_record(
-    trainer: RouterTrainer, args: RouterArguments, parts: Parts, fitted: Mapping[int, Fitted]
+    trainer: RouterTrainer, args: RouterArguments, parts: Parts, rank: int, fitted: Mapping[int, Fitted]
 ) -> PatchRecord:
     command = parts.records["train_command.txt"].splitlines()[0]
     samples = len(_patch_samples(args, trainer.train_dataset))
-    return PatchRecord.of(fitted, args.patch_rank or 0, command, args.data, samples, parts.data["training"])
+    return PatchRecord.of(fitted, rank, command, args.data, samples, parts.data["training"])
 
 
 def _checked_config(args: RouterArguments, shape: BaseShape) -> ModConfig:

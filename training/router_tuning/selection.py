@@ -22,10 +22,12 @@ from vllm_mod.checkpoint import BaseShape
 from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.granularity import POLICIES
 
-from .arguments import RouterArguments, parse_window
+from .arguments import RouterArguments
 from .costs_file import CostsFile, Rows
 from .data import Collator
+from .flag_words import parse_window
 from .layerwise import Batch, answer_logits, supervised
+from .loading import fitting_dtype
 from .model import attach_routers, decoder_layers, load_base
 from .past import Past, decisions_given, skipping, with_past
 from .patches import batch_size, collate, fit_patches, give
@@ -192,32 +194,42 @@ def report(found: Mapping[int, float], chosen: Sequence[int]) -> None:
 
 
 def choose(
-    args: RouterArguments, training_args: Any, shape: BaseShape, base: Path, train_set: Any, state: Path | None
+    args: RouterArguments,
+    training_args: Any,
+    shape: BaseShape,
+    base: Path,
+    train_set: Any,
+    state: Path | None,
+    rank: int | None,
 ) -> list[int]:
     """What `train` routes where no --layers are named: half of the layers, those of least cost on training samples.
 
-    The main process measures, for all; a run that resumes has the layers it began with. state: see `last_state`.
+    The main process measures, for all; a run that resumes has the layers it began with. state: see `last_state`. rank:
+    of what will stand in.
     """
     if state is not None:
         return list(read_state(state).settings["layers"])
     chosen: list[Any] = [None]
     if training_args.process_index == 0:
-        chosen = [_measured(args, training_args, shape, base, train_set)]
+        chosen = [_measured(args, training_args, shape, base, train_set, rank)]
     training_args.device  # noqa: B018 (starts the group of processes, where there are several)
     layers: list[int] = broadcast_object_list(chosen)[0]
     return layers
 
 
-def _measured(args: RouterArguments, training_args: Any, shape: BaseShape, base: Path, train_set: Any) -> list[int]:
+def _measured(
+    args: RouterArguments, training_args: Any, shape: BaseShape, base: Path, train_set: Any, rank: int | None
+) -> list[int]:
     samples = list(train_set.select(range(min(len(train_set), _PATCH_SAMPLES))))
     window, quiet = parse_window(args.window), bool(training_args.disable_tqdm)
-    model = load_base(base, torch.bfloat16 if training_args.bf16 else torch.float32).to(training_args.device).eval()
+    # In the precision of `fit`: layers differ by more than bf16 loses.
+    model = load_base(base, fitting_dtype(base, training_args.bf16 or None)).to(training_args.device).eval()
     place = check_writable(Path(args.output), Path(args.output).absolute().parent)
     target = POLICIES[args.granularity].target
     log.info(
         "choosing layers: what skipping each of %d costs, on %d samples", shape.num_layers, min(SAMPLES, len(samples))
     )
-    found = measure(model, samples, shape, target, window, args.patch_rank, place, quiet=quiet).costs()
+    found = measure(model, samples, shape, target, window, rank, place, quiet=quiet).costs()
     chosen = cheaper_half(found)
     report(found, chosen)
     return chosen

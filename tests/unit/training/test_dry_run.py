@@ -32,7 +32,7 @@ def test_a_dry_run_shows_what_would_be_learnt_and_leaves_room_for_the_real_one(b
     dense = load_base(base_dir, torch.float32)(torch.tensor([ids]), use_cache=False).logits[0]
     torch.testing.assert_close(reference_logits(load_reference(tmp_path / "out.dry-run"), ids, 2), dense)
     assert train(base_dir, data_file, out) == 0
-    assert load_file(out / "routers.safetensors").keys() == routers.keys()
+    assert load_file(out / "routers.safetensors").keys() >= routers.keys()
 
 
 def test_the_loss_shown_is_that_of_the_base_model(base_dir, data_file, tmp_path, capsys):

@@ -83,13 +83,16 @@ def test_underscores_are_understood():
 
 
 def test_defaults_have_words(capsys):
-    (args, _) = parsed("--layers", "auto", "--patch", "none")
-    assert args == parsed()[0] and args.layers is None and args.patch_rank is None
-    assert parsed("--patch", "8")[0].patch_rank == 8
+    (args, _) = parsed("--layers", "auto", "--patch", "auto", "--window", "auto")
+    assert args == parsed()[0] and args.layers is None and (args.window, args.patch_rank) == ("64", "auto")
+    assert parsed("--patch", "8")[0].patch_rank == "8"
+    assert parsed("--granularity", "attn_token")[0].window == "none"
+    needed = ["--model", "m", "--data", "d", "--drop-attention", "1", "--output", "o"]
+    assert parse([ExportArguments], "x", [*needed, "--patch", "none"])[0].patch_rank is None
     assert "--patch-rank/--patch: a number, or `none`, is needed (got 'some')" in refusal(
-        capsys, "train", *TRAIN, "--patch-rank", "some"
+        capsys, "export", *needed, "--patch-rank", "some"
     )
-    assert "--patch-rank -1: 0 or more is needed" in refusal(capsys, "train", *TRAIN, "--patch-rank", "-1")
+    assert "--patch-rank -1: 0 or more is needed" in refusal(capsys, "export", *needed, "--patch-rank", "-1")
 
 
 def test_a_words_place_does_not_matter_but_for_the_checkpoint(capsys):

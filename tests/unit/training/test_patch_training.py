@@ -8,7 +8,8 @@ import signal
 import pytest
 import torch
 
-from router_tuning import ridge
+from router_tuning import preflight, ridge
+from router_tuning.arguments import RouterArguments, RouterTrainingArguments
 from router_tuning.model import load_reference, patch_weights
 from tests.unit.training.test_trainer import one_error, routers_of, train
 from vllm_mod.checkpoint import read_mod_config
@@ -19,12 +20,14 @@ from vllm_mod.files import read_json
 def test_training_with_patches(base_dir, data_file, tmp_path, granularity):
     """They are fitted once the routers are there, measured with them, and change nothing of the routers."""
     flags = ["--granularity", granularity]
-    assert train(base_dir, data_file, tmp_path / "plain", *flags) == 0
+    assert train(base_dir, data_file, tmp_path / "plain", *flags, "--patch", "none") == 0
     assert train(base_dir, data_file, tmp_path / "c", *flags, "--patch-rank", "2") == 0
     plain, config = read_mod_config(tmp_path / "plain"), read_mod_config(tmp_path / "c")
     assert config.to_dict() == plain.to_dict() | {"version": 2, "patch": {"rank": 2}}
     patched = routers_of(tmp_path / "c")
-    assert all(torch.equal(patched[name], weight) for name, weight in routers_of(tmp_path / "plain").items())
+    plain_routers = routers_of(tmp_path / "plain")
+    assert not any("patch" in name for name in plain_routers)
+    assert all(torch.equal(patched[name], weight) for name, weight in plain_routers.items())
     assert patch_weights(load_reference(tmp_path / "c"))[1].bias.abs().max() > 0
     held_out = [read_json(tmp_path / name / "trainer_log.json")["held_out"] for name in ("plain", "c")]
     assert held_out[0]["dense_loss"] == pytest.approx(held_out[1]["dense_loss"])
@@ -39,8 +42,12 @@ def test_training_with_patches(base_dir, data_file, tmp_path, granularity):
     ("flags", "message"),
     [
         (["--patch-rank", "33"], "--patch-rank 33: the model's hidden size is 32"),
-        (["--patch-rank", "-1"], "--patch-rank -1: 0 or more is needed"),
-        (["--patch-rank", "2", "--max-train-samples", "9"], "9 usable samples; patches need 10"),
+        (["--patch-rank", "-1"], "--patch-rank: a number, 0 or more, `auto` or `none` is needed (got '-1')"),
+        (
+            ["--patch-rank", "2", "--max-train-samples", "9"],
+            "9 usable samples; patches need 10, one of them held out; or leave patches out with --patch none",
+        ),
+        (["--max-train-samples", "9"], "patches need 10, one of them held out; or leave patches out with --patch none"),
         (["--patch-rank", "32", "--max-train-samples", "10", "--window", "500"], "to fit patches of rank 32 on; give"),
     ],
 )
@@ -84,6 +91,34 @@ def test_routers_are_not_lost_where_patches_cannot_be_fitted(base_dir, data_file
     assert "layer 1: 7 tokens differ in 1 directions, which does not do for a patch of rank 2" in (
         error := one_error(capsys)
     )
-    assert error.endswith("go on with --resume and without --patch-rank") and not (tmp_path / "out").exists()
-    assert train(base_dir, data_file, tmp_path / "out", "--resume") == 0
+    assert error.endswith("go on with --resume --patch none") and not (tmp_path / "out").exists()
+    assert train(base_dir, data_file, tmp_path / "out", "--resume", "--patch", "none") == 0
     assert read_mod_config(tmp_path / "out").patch is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "window", "rank"),
+    [
+        ([], 64, 4),
+        (["--granularity", "block_sequence"], 64, 4),
+        (["--granularity", "mlp_sequence", "--window", "8", "--patch", "2"], 8, 2),
+        (["--window", "none"], None, None),  # decisions would depend on patches
+        (["--patch", "none"], 64, None),
+        (["--granularity", "attn_token"], None, None),
+        (["--granularity", "mlp_token", "--patch-rank", "0"], None, 0),
+    ],
+)
+def test_what_is_not_named(base_dir, data_file, tmp_path, flags, window, rank):
+    assert train(base_dir, data_file, tmp_path / "c", *flags, "--max-steps", "1") == 0
+    config = read_mod_config(tmp_path / "c")
+    assert (config.window, config.patch and config.patch.rank) == (window, rank)
+    assert config.version == (1 if (window, rank) == (None, None) else 2)
+
+
+def test_several_processes_leave_out_what_was_not_asked_for(monkeypatch, caplog):
+    monkeypatch.setattr("router_tuning.arguments.RouterTrainingArguments.world_size", 2)
+    for more, left_out in (({}, True), ({"window": "none"}, False), ({"granularity": "attn_token"}, False)):
+        caplog.clear()
+        args = RouterArguments(model="m", data=["d"], output="o", **more)
+        preflight.check_patches(args, RouterTrainingArguments(use_cpu=True))
+        assert args.patch_rank == "none" and ("run `router-tuning patch` on the checkpoint" in caplog.text) is left_out

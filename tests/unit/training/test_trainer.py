@@ -42,9 +42,11 @@ def test_a_run_writes_a_full_checkpoint_with_its_record(base_dir, data_file, tmp
     out = tmp_path / "out"
     config = read_mod_config(out)
     assert (config.granularity, config.layers, config.target_capacity) == ("attn_sequence", (1, 2), 0.5)
+    assert config.window == 64 and config.patch is not None and config.patch.rank == 4  # an eighth of 32
     assert json.loads((out / "config.json").read_text())["architectures"] == ["LlamaMoDForCausalLM"]
     routers = routers_of(out)
-    assert set(routers) == {"model.layers.1.router.weight", "model.layers.2.router.weight"}
+    parts = ("weight", "patch.bias", "patch.down.weight", "patch.up.weight")
+    assert set(routers) == {f"model.layers.{layer}.router.{part}" for layer in (1, 2) for part in parts}
     assert all(w.dtype == torch.float32 and w.abs().sum() > 0 for w in routers.values())
     base, written = load_file(base_dir / "model.safetensors"), load_file(out / "model.safetensors")
     assert all(torch.equal(base[name], written[name]) for name in base)
