@@ -103,14 +103,16 @@ def fit_patches(
     quiet: bool = False,
     kept_weight: float = KEPT_WEIGHT,
     file: Unfinished | None = None,
+    by_chance: bool = False,
 ) -> dict[int, Fitted]:
     """Fit a patch for every routed layer of a model in evaluation mode, give it to the model, and return them all.
 
     What patches the model has are replaced. batches: see `collate`. Hidden states are kept in an unnamed file in
     `directory`. kept_weight: what a token of a request that keeps the sublayer counts, where requests decide. file:
-    patches that it has, of the first layers, are not fitted again, and what is fitted goes there. It costs about two
-    forward passes over the data. Raises ConfigError, with the model's patches as far as they were fitted,
-    where activations are not finite or differ in fewer directions than the rank.
+    patches that it has, of the first layers, are not fitted again, and what is fitted goes there. by_chance: routers
+    are zero on purpose, see `chance`. It costs about two forward passes over the data. Raises ConfigError, with the
+    model's patches as far as they were fitted, where activations are not finite or differ in fewer directions than the
+    rank.
     """
     state = routing_of(model)
     fitted = {} if file is None else file.fitted
@@ -120,7 +122,7 @@ def fit_patches(
     known, layers = len(fitted), state.config.layers
     total = 2 * (len(layers) - known) * len(batches)
     progress = tqdm(total=total, desc="patches", unit="batch", disable=True if quiet else None)
-    with progress, contextlib.closing(HiddenStates(directory)) as states, chance(state, quiet):
+    with progress, contextlib.closing(HiddenStates(directory)) as states, chance(state, quiet or by_chance):
         for place, layer in enumerate(layers[known:], known):
             progress.set_postfix_str(f"layer {layer}")
             first = layers[place - 1] if place > known else 0

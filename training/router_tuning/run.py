@@ -111,6 +111,9 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
         )
         if args.dry_run:
             return dry_run.finish(trainer, args, tokenizer, base, config, records)
+        if rank is not None:  # so that routers learn what skipping costs with something in place
+            log.info("patches for routers that skip by chance, before these are trained")
+            _fit_patches(trainer, args, rank, run_dir, by_chance=True)
         if state is not None:
             trainer.restore(state)
         with stop.installed():
@@ -159,7 +162,10 @@ def _finish(
     model, run_dir, output = trainer.model, Path(training_args.output_dir or ""), Path(args.output)
     if args.capacity_loss == "controller":  # the paper's way ends with the last step's routers
         trainer.average.apply(routing_of(model).routers)
-    fitted = _fit_patches(trainer, args, parts.rank, run_dir) if parts.rank is not None else {}
+    try:
+        fitted = _fit_patches(trainer, args, parts.rank, run_dir) if parts.rank is not None else {}
+    except ConfigError as error:
+        raise ConfigError(f"{error}; the routers are trained: go on with --resume --patch none") from None
     routed = trainer.measure()
     with lora.without_adapter(model):
         dense = trainer.measure(threshold=0.0)
@@ -202,16 +208,16 @@ def _patch_batches(
         raise ConfigError(f"{error}; or leave patches out with --patch none") from None
 
 
-def _fit_patches(trainer: RouterTrainer, args: RouterArguments, rank: int, run_dir: Path) -> dict[int, Fitted]:
-    """For the trained routers; the model has them from then on."""
+def _fit_patches(
+    trainer: RouterTrainer, args: RouterArguments, rank: int, run_dir: Path, by_chance: bool = False
+) -> dict[int, Fitted]:
+    """For the routers as they are; the model has them from then on."""
     model: Any = trainer.model
     config, batch_size = routing_of(model).config, trainer.args.per_device_eval_batch_size
     batches = _patch_batches(args, config, rank, trainer.train_dataset, batch_size)
     place = preflight.check_writable(run_dir, run_dir.absolute())
-    try:
-        return fit_patches(model.eval(), batches, rank, place, quiet=bool(trainer.args.disable_tqdm))
-    except ConfigError as error:
-        raise ConfigError(f"{error}; the routers are trained: go on with --resume --patch none") from None
+    quiet = bool(trainer.args.disable_tqdm)
+    return fit_patches(model.eval(), batches, rank, place, quiet=quiet, by_chance=by_chance)
 
 
 def _patch_record(

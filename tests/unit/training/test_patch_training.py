@@ -10,7 +10,8 @@ import torch
 
 from router_tuning import preflight, ridge
 from router_tuning.arguments import RouterArguments, RouterTrainingArguments
-from router_tuning.model import load_reference, patch_weights
+from router_tuning.model import load_reference, patch_weights, routing_of
+from router_tuning.trainer import RouterTrainer
 from tests.unit.training.test_trainer import one_error, routers_of, train
 from vllm_mod.checkpoint import read_mod_config
 from vllm_mod.files import read_json
@@ -18,16 +19,15 @@ from vllm_mod.files import read_json
 
 @pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_token"])
 def test_training_with_patches(base_dir, data_file, tmp_path, granularity):
-    """They are fitted once the routers are there, measured with them, and change nothing of the routers."""
+    """Routers are trained with them, they are fitted anew once the routers are there, and measured with them."""
     flags = ["--granularity", granularity]
     assert train(base_dir, data_file, tmp_path / "plain", *flags, "--patch", "none") == 0
     assert train(base_dir, data_file, tmp_path / "c", *flags, "--patch-rank", "2") == 0
     plain, config = read_mod_config(tmp_path / "plain"), read_mod_config(tmp_path / "c")
     assert config.to_dict() == plain.to_dict() | {"version": 2, "patch": {"rank": 2}}
     patched = routers_of(tmp_path / "c")
-    plain_routers = routers_of(tmp_path / "plain")
-    assert not any("patch" in name for name in plain_routers)
-    assert all(torch.equal(patched[name], weight) for name, weight in plain_routers.items())
+    assert patched.keys() > routers_of(tmp_path / "plain").keys()
+    assert not any("patch" in name for name in routers_of(tmp_path / "plain"))
     assert patch_weights(load_reference(tmp_path / "c"))[1].bias.abs().max() > 0
     held_out = [read_json(tmp_path / name / "trainer_log.json")["held_out"] for name in ("plain", "c")]
     assert held_out[0]["dense_loss"] == pytest.approx(held_out[1]["dense_loss"])
@@ -65,6 +65,39 @@ def test_several_processes_are_told_the_other_way(base_dir, data_file, tmp_path,
     )
 
 
+def behind_training(monkeypatch, instead):
+    """In place of each of the second fits: the first two are of patches that routers are trained with."""
+    calls, inner = [], ridge.fit
+
+    def fit(*args):
+        calls.append(args)
+        return inner(*args) if len(calls) <= 2 else instead()
+
+    monkeypatch.setattr("router_tuning.patches.fit", fit)
+
+
+def test_routers_are_trained_with_patches_in_place(base_dir, data_file, tmp_path, monkeypatch):
+    """A step's forward adds what stands in: fitted before, to inputs behind layers that skip by chance."""
+    seen, inner = [], RouterTrainer.training_step
+
+    def step(self, *args, **kwargs):
+        state = routing_of(self.model)
+        seen.append({layer: patch.bias.clone() for layer, patch in state.patches.items()})
+        return inner(self, *args, **kwargs)
+
+    monkeypatch.setattr(RouterTrainer, "training_step", step)
+    assert train(base_dir, data_file, tmp_path / "c", "--max-steps", "3") == 0
+    assert [set(biases) for biases in seen] == [{1, 2}] * 3 and all(bias.any() for bias in seen[0].values())
+    assert all(torch.equal(seen[0][layer], seen[2][layer]) for layer in (1, 2))  # nothing trains them
+    written = patch_weights(load_reference(tmp_path / "c"))
+    assert not torch.equal(written[2].bias, seen[0][2])  # but they are fitted anew to the routers
+    plain = train(base_dir, data_file, tmp_path / "plain", "--max-steps", "3", "--patch", "none")
+    assert plain == 0 and seen[3:] == [{}] * 3
+    log, without = (read_json(tmp_path / name / "trainer_log.json")["steps"] for name in ("c", "plain"))
+    assert log[0]["loss"] == pytest.approx(without[0]["loss"])  # routers of zeros keep
+    assert log[2]["loss"] != without[2]["loss"]
+
+
 def test_training_interrupted_while_it_fits_goes_on(base_dir, data_file, tmp_path, monkeypatch, capsys):
     flags = ["--patch-rank", "2", "--max-steps", "2"]
     assert train(base_dir, data_file, tmp_path / "whole", *flags) == 0
@@ -73,7 +106,7 @@ def test_training_interrupted_while_it_fits_goes_on(base_dir, data_file, tmp_pat
         os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patched:
-        patched.setattr("router_tuning.patches.fit", pressed)
+        behind_training(patched, pressed)
         assert train(base_dir, data_file, tmp_path / "out", *flags) == 130
     assert "--resume" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert train(base_dir, data_file, tmp_path / "out", *flags, "--resume") == 0
@@ -86,7 +119,7 @@ def test_routers_are_not_lost_where_patches_cannot_be_fitted(base_dir, data_file
         raise ridge.TooLowRank("7 tokens differ in 1 directions")
 
     with monkeypatch.context() as patched:
-        patched.setattr("router_tuning.patches.fit", too_low)
+        behind_training(patched, too_low)
         assert train(base_dir, data_file, tmp_path / "out", "--patch-rank", "2") == 2
     assert "layer 1: 7 tokens differ in 1 directions, which does not do for a patch of rank 2" in (
         error := one_error(capsys)

@@ -55,18 +55,18 @@ def test_two_processes_measure_what_one_does(base_dir, few_rows, tmp_path):
 def test_two_processes_stop_save_and_resume_together(base_dir, data_file, tmp_path):
     """Ctrl-C reaches one of them; batches of 4 in two processes are those of 8 in one."""
     out, run_dir = tmp_path / "out", tmp_path / "out.run"
-    flags = [*FAST, "--per-device-train-batch-size", "4", "--save-steps", "100"]
+    flags = [*FAST, "--window", "none", "--per-device-train-batch-size", "4", "--save-steps", "100"]
     argv = ["train", "--model", str(base_dir), "--data", str(data_file), "--output", str(out), *flags]
     for code, output in run_together(["-m", "tests.support.interrupted_train", "1", "3", *argv], 2):
         assert code == 130 and "Traceback" not in output, output
     state, left_out = states.newest_whole(run_dir)
     assert state == run_dir / "checkpoint-3" and not left_out and states.processes_of(state) == 2
     assert {"rng_state_0.pth", "rng_state_1.pth", "average.0.safetensors"} < {path.name for path in state.iterdir()}
-    assert train(base_dir, data_file, out, *flags[-4:], "--resume") == 2  # alone
+    assert train(base_dir, data_file, out, *flags[-6:], "--resume") == 2  # alone
     for code, output in run_together(["-m", "router_tuning", *argv, "--resume"], 2):
         assert code == 0, output
     assert not run_dir.exists()
-    assert train(base_dir, data_file, tmp_path / "alone") == 0
+    assert train(base_dir, data_file, tmp_path / "alone", "--window", "none") == 0
     alone, together = (json.loads((tmp_path / n / "trainer_log.json").read_text()) for n in ("alone", "out"))
     assert [s["step"] for s in together["steps"]] == list(range(1, 9))
     for one, two in zip(alone["steps"][:2], together["steps"][:2], strict=True):

@@ -112,7 +112,7 @@ def test_accumulated_micro_batches_equal_one_batch(base_dir, data_file, tmp_path
     assert one["steps"][0]["kept"] == two["steps"][0]["kept"]
     # Each micro-batch's part is weighed with its share of all supervised tokens.
     assert one["steps"][0]["loss"] == pytest.approx(two["steps"][0]["loss"], rel=1e-5)
-    assert one["steps"][0]["scale"] == pytest.approx(two["steps"][0]["scale"], rel=0.1)  # a mean of roots of means
+    assert one["steps"][0]["scale"] == pytest.approx(two["steps"][0]["scale"], rel=0.2)  # a mean of roots of means
     for name, weight in routers_of(tmp_path / "one").items():
         torch.testing.assert_close(weight, routers_of(tmp_path / "two")[name], atol=1e-5, rtol=1e-3)
 
