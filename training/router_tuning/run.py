@@ -45,6 +45,10 @@ from .trainer import RouterTrainer, writable
 
 log = logging.getLogger(__name__)
 
+#: Ways out where patches cannot be fitted: before the training, and behind it, where routers count on them.
+_WITHOUT = "or leave patches out with --patch none"
+_LOWER = "the routers are trained: go on with --resume and a lower --patch-rank"
+
 INTERRUPTED = 130
 _SMALLER = (
     "lower --per-device-train-batch-size (and raise --gradient-accumulation-steps by as much), or --max-length, or use "
@@ -113,7 +117,7 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
             return dry_run.finish(trainer, args, tokenizer, base, config, records)
         if rank is not None:  # so that routers learn what skipping costs with something in place
             log.info("patches for routers that skip by chance, before these are trained")
-            _fit_patches(trainer, args, rank, run_dir, by_chance=True)
+            _fit_patches(trainer, args, rank, run_dir, _WITHOUT, by_chance=True)
         if state is not None:
             trainer.restore(state)
         with stop.installed():
@@ -162,10 +166,7 @@ def _finish(
     model, run_dir, output = trainer.model, Path(training_args.output_dir or ""), Path(args.output)
     if args.capacity_loss == "controller":  # the paper's way ends with the last step's routers
         trainer.average.apply(routing_of(model).routers)
-    try:
-        fitted = _fit_patches(trainer, args, parts.rank, run_dir) if parts.rank is not None else {}
-    except ConfigError as error:
-        raise ConfigError(f"{error}; the routers are trained: go on with --resume --patch none") from None
+    fitted = {} if parts.rank is None else _fit_patches(trainer, args, parts.rank, run_dir, _LOWER)
     routed = trainer.measure()
     with lora.without_adapter(model):
         dense = trainer.measure(threshold=0.0)
@@ -205,19 +206,22 @@ def _patch_batches(
     try:
         return collate(_patch_samples(args, train_set), config, rank, batch_size, ", ".join(args.data))
     except ConfigError as error:
-        raise ConfigError(f"{error}; or leave patches out with --patch none") from None
+        raise ConfigError(f"{error}; {_WITHOUT}") from None
 
 
 def _fit_patches(
-    trainer: RouterTrainer, args: RouterArguments, rank: int, run_dir: Path, by_chance: bool = False
+    trainer: RouterTrainer, args: RouterArguments, rank: int, run_dir: Path, way_out: str, by_chance: bool = False
 ) -> dict[int, Fitted]:
-    """For the routers as they are; the model has them from then on."""
+    """For the routers as they are; the model has them from then on. way_out: what to do if that cannot be."""
     model: Any = trainer.model
     config, batch_size = routing_of(model).config, trainer.args.per_device_eval_batch_size
     batches = _patch_batches(args, config, rank, trainer.train_dataset, batch_size)
     place = preflight.check_writable(run_dir, run_dir.absolute())
     quiet = bool(trainer.args.disable_tqdm)
-    return fit_patches(model.eval(), batches, rank, place, quiet=quiet, by_chance=by_chance)
+    try:
+        return fit_patches(model.eval(), batches, rank, place, quiet=quiet, by_chance=by_chance)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {way_out}") from None
 
 
 def _patch_record(

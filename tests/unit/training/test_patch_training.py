@@ -124,9 +124,20 @@ def test_routers_are_not_lost_where_patches_cannot_be_fitted(base_dir, data_file
     assert "layer 1: 7 tokens differ in 1 directions, which does not do for a patch of rank 2" in (
         error := one_error(capsys)
     )
-    assert error.endswith("go on with --resume --patch none") and not (tmp_path / "out").exists()
-    assert train(base_dir, data_file, tmp_path / "out", "--resume", "--patch", "none") == 0
-    assert read_mod_config(tmp_path / "out").patch is None
+    assert error.endswith("go on with --resume and a lower --patch-rank") and not (tmp_path / "out").exists()
+    assert train(base_dir, data_file, tmp_path / "out", "--resume", "--patch-rank", "1") == 0
+    patch = read_mod_config(tmp_path / "out").patch
+    assert patch is not None and patch.rank == 1
+
+
+def test_what_cannot_be_fitted_is_said_before_the_training(base_dir, data_file, tmp_path, monkeypatch, capsys):
+    def too_low(*_, **__):
+        raise ridge.TooLowRank("7 tokens differ in 1 directions")
+
+    monkeypatch.setattr("router_tuning.patches.fit", too_low)
+    monkeypatch.setattr(RouterTrainer, "training_step", lambda *_, **__: pytest.fail("a step was taken"))
+    assert train(base_dir, data_file, tmp_path / "out") == 2
+    assert one_error(capsys).endswith("or leave patches out with --patch none") and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
