@@ -73,14 +73,15 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
     base = local_model(args.model)
     shape = base_shape(base)
     config = _checked_config(args, shape)
+    rank = parse_rank(args.patch_rank, config, shape.hidden_size)
+    if rank is not None:
+        check_rank(rank, config, shape.hidden_size, "--patch-rank")
     adapter = lora.adapter_config(args, config, base, shape)
 
     tokenizer = load_tokenizer(base)
     train_set, eval_set, data_record = _datasets(args, training_args, tokenizer)
     preflight.check_vocabulary(base, train_set, eval_set)
-    rank = parse_rank(args.patch_rank, config, shape.hidden_size)
     if rank is not None:
-        check_rank(rank, config, shape.hidden_size, "--patch-rank")
         _patch_batches(args, config, rank, train_set, 1)
     if args.layers is None and not config.policy.by_experts:
         args.layers = [str(i) for i in selection.choose(args, training_args, shape, base, train_set, state, rank)]

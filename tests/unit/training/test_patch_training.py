@@ -57,6 +57,15 @@ def test_training_refuses_before_the_work(base_dir, data_file, tmp_path, capsys,
     assert message in one_error(capsys) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("word", ["some", "-1", "33"])
+def test_a_rank_that_is_none_is_refused_before_the_data_is_read(
+    base_dir, data_file, tmp_path, capsys, monkeypatch, word
+):
+    monkeypatch.setattr("router_tuning.run.read_sources", lambda *_: pytest.fail("the data was read"))
+    assert train(base_dir, data_file, tmp_path / "out", "--patch-rank", word) == 2
+    assert "--patch-rank" in one_error(capsys)
+
+
 def test_several_processes_are_told_the_other_way(base_dir, data_file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("router_tuning.arguments.RouterTrainingArguments.world_size", 2)
     assert train(base_dir, data_file, tmp_path / "out", "--patch-rank", "2") == 2
