@@ -1,12 +1,14 @@
-"""How long greedy answers stay those of the dense model: vLLM answers held-out prompts with the base model, the
-checkpoint, and whatever it is to be compared with.
+"""How long greedy answers stay those of the dense model, and whether they end in a loop: vLLM answers held-out
+prompts with the base model, the checkpoint, and whatever it is to be compared with.
 
   agreed     share of the dense answer's tokens before the first that differs, mean over requests
   identical  share of requests whose whole answer is the dense one
+  repeating  share of answers whose end says the same again and again: up to 16 tokens, three times or more, and 24
+             tokens at least
 
-An answer ends at the end-of-sequence token, or after `--tokens`. Errors are over requests; `agreed_above_routed` is the
-mean of paired differences to the checkpoint. After the first difference two answers may both be right: this says how
-far a model was moved, not how good its answers are.
+An answer ends at the end-of-sequence token, or after `--tokens`. Errors are over requests; `agreed_above_routed` and
+`repeating_above_dense` are means of paired differences. After the first difference two answers may both be right: this
+says how far a model was moved, not how good its answers are; but no answer that repeats itself is.
 """
 
 from __future__ import annotations
@@ -36,6 +38,9 @@ from .lib.common import (
 from .lib.perplexity import held_out, held_out_arguments
 
 Answers = Sequence[Sequence[int]]
+
+#: What an answer that is caught in a loop says again: at most so many tokens, so many times, and so many tokens in all.
+_LONGEST_LOOP, _ROUNDS, _LOOPED = 16, 3, 24
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Any:
@@ -77,8 +82,18 @@ def agreed(dense: Sequence[int], other: Sequence[int]) -> float:
     return same / len(dense)
 
 
+def repeating(answer: Sequence[int]) -> bool:
+    """Whether it ends in a loop."""
+    for period in range(1, _LONGEST_LOOP + 1):
+        end = max(_LOOPED, _ROUNDS * period)
+        if len(answer) >= end and all(answer[-i] == answer[-i - period] for i in range(1, end - period + 1)):
+            return True
+    return False
+
+
 def compare(answers: Mapping[str, Answers]) -> dict[str, dict[str, float]]:
     """System -> its row; answers: by system, `dense` and `routed` among them, two requests or more."""
+    looped = {name: [float(repeating(answer)) for answer in found] for name, found in answers.items()}
     shares = {
         name: [agreed(dense, own) for dense, own in zip(answers["dense"], found, strict=True)]
         for name, found in answers.items()
@@ -88,12 +103,16 @@ def compare(answers: Mapping[str, Answers]) -> dict[str, dict[str, float]]:
     for name, found in shares.items():
         above = [mine - theirs for mine, theirs in zip(found, shares["routed"], strict=True)]
         same = [list(a) == list(b) for a, b in zip(answers["dense"], answers[name], strict=True)]
+        more = [mine - theirs for mine, theirs in zip(looped[name], looped["dense"], strict=True)]
         rows[name] = {
             "agreed": round(statistics.mean(found), 4),
             "agreed_standard_error": round(_standard_error(found), 4),
             "agreed_above_routed": round(statistics.mean(above), 4),
             "agreed_above_routed_standard_error": round(_standard_error(above), 4),
             "identical": round(statistics.mean(same), 4),
+            "repeating": round(statistics.mean(looped[name]), 4),
+            "repeating_above_dense": round(statistics.mean(more), 4),
+            "repeating_above_dense_standard_error": round(_standard_error(more), 4),
         }
     return rows
 
@@ -116,7 +135,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         answers[name] = isolated(generate, path, prompts, args.tokens, args.max_length, **IN_PROCESS)
     rows = compare(answers)
     lengths = statistics.mean(len(answer) for answer in answers["dense"])
-    result = {"requests": len(prompts), "dense_answer_tokens": round(lengths, 1), "systems": rows}
+    repeated = statistics.mean(map(repeating, answers["dense"]))
+    result = {
+        "requests": len(prompts), "dense_answer_tokens": round(lengths, 1), "dense_repeating": round(repeated, 4),
+        "systems": rows,
+    }  # fmt: skip
     write_json(args.output, {"command": command("greedy"), "machine": machine(), "result": result})
     table = [[name, *row.values()] for name, row in rows.items()]
     progress(markdown_table(["system", *next(iter(rows.values()))], table))

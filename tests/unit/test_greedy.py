@@ -1,10 +1,10 @@
-"""`benchmarks.greedy`: how far answers agree with the dense model's."""
+"""`benchmarks.greedy`: how far answers agree with the dense model's, and whether they end in a loop."""
 
 from pathlib import Path
 
 import pytest
 
-from benchmarks.greedy import agreed, compare, parse_args
+from benchmarks.greedy import agreed, compare, parse_args, repeating
 
 DENSE = [[1, 2, 3, 4], [5, 6]]
 
@@ -25,6 +25,25 @@ def test_rows_are_paired_with_the_routed_ones() -> None:
     assert rows["static"]["agreed"] == 0.375 and rows["static"]["identical"] == 0
     assert rows["static"]["agreed_above_routed"] == -0.375
     assert rows["static"]["agreed_above_routed_standard_error"] == 0.125
+
+
+def test_loops_at_the_end() -> None:
+    other = list(range(100, 120))
+    assert repeating(other + [7] * 24)
+    assert not repeating(other + [7] * 23)
+    assert not repeating([7] * 24 + [8])  # it found the way out
+    assert repeating([1, 2, 3] * 8) and not repeating([1, 2, 3] * 7)
+    assert repeating(other + (list(range(16)) * 4)[5:-6])  # where a loop begins and ends is all the same
+    assert not repeating(list(range(16)) * 2)  # twice is none
+    assert not repeating(list(range(17)) * 3)  # nor is a paragraph
+    assert not repeating([])
+
+
+def test_loops_are_paired_with_the_dense_ones() -> None:
+    loop, none = [7] * 30, list(range(30))
+    rows = compare({"dense": [loop, none, none, none], "routed": [loop, loop, none, none]})
+    assert rows["routed"]["repeating"] == 0.5 and rows["routed"]["repeating_above_dense"] == 0.25
+    assert rows["routed"]["repeating_above_dense_standard_error"] == 0.25
 
 
 @pytest.mark.parametrize(
