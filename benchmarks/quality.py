@@ -9,7 +9,9 @@ of held-out answers, and the kept ratio that the engine had during that very eva
 Without a hub, --data-dir is a directory whose sub-directories are named like the tasks' data sets (`aps/super_glue`,
 `allenai/ai2_arc`, ...): lm-eval runs inside it. Shots and metrics are the paper's. To score an answer lm-eval submits
 it with its question, so a sequence decision is a mean over both. Prompts that are longer than the model allows lose
-their first shots (lm-eval cuts on the left); the share of them is reported.
+their first shots (lm-eval cuts on the left); the share of them is reported. So is that of requests which end within the
+checkpoint's decision window: they run every layer, and a task most of whose requests do says little about skipping, so
+it is left out of the recovery. --min-shots makes them longer.
 
 Writes --output (.json, .md and .png), `evaluation.json` and the model card in the checkpoint. Finished systems are kept
 in <output>.partial.json, so that an interrupted evaluation goes on where it was. The last line of stdout is
@@ -24,6 +26,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +60,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model", required=True, help="its base model: a directory, a hub name, or smollm2")
     add("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"default: {' '.join(TASKS)}")
     add("--limit", type=int, help="documents per task, spread over its parts (default: all)")
+    add("--min-shots", type=int, default=0, metavar="N", help="examples before the question in tasks that the paper "
+        "gives fewer, so that prompts are longer than a decision window (default: the paper's)")  # fmt: skip
     add("--data-dir", type=Path, help="where the tasks' data sets lie as directories (default: the hub)")
     add("--include-path", type=Path, help="lm-eval's: a directory of task files that replace its own")
     add("--data", nargs="+", help="instruction data whose last part was held out in training: perplexity, static drop")
@@ -100,6 +105,8 @@ def check(args: argparse.Namespace) -> ModConfig:
         raise ConfigError(f"--tasks: {unknown[0]!r} is not known; the paper's are {', '.join(TASKS)}")
     if args.limit is not None and args.limit < 1:
         raise ConfigError("--limit: at least 1 document")
+    if args.min_shots < 0:
+        raise ConfigError("--min-shots: 0 or more")
     if config.policy.by_experts and not args.no_static:
         raise ConfigError("experts have no static drop to compare with; pass --no-static")
     if args.static_checkpoint:
@@ -123,7 +130,8 @@ def check(args: argparse.Namespace) -> ModConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     config = check(args)
-    load = Load(args.tasks, args.limit, *(p and str(p.resolve()) for p in (args.data_dir, args.include_path)))
+    places = (p and str(p.resolve()) for p in (args.data_dir, args.include_path))
+    load = Load(args.tasks, args.limit, *places, min_shots=args.min_shots)
     documents = isolated(check_tasks, load, **ENVIRONMENT)
     progress(f"documents: {documents}")
     held_out = None
@@ -157,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "command": command("quality"), "machine": machine(), "mod_config": config.to_dict(),
         "limit": args.limit, "kept_ratio": kept, "static_layers": dropped,
         "static_checkpoint": args.static_checkpoint and str(args.static_checkpoint),
-    } | summary(systems)  # fmt: skip
+    } | summary(systems, config.window)  # fmt: skip
     if args.reference:
         record["reference"] = compare_with_reference(args, load, systems["checkpoint"], finished)
     if held_out:
@@ -221,15 +229,16 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
 
 
-def summary(systems: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def summary(systems: dict[str, dict[str, Any]], window: int | None = None) -> dict[str, Any]:
     """Per task mean, standard error and the paired difference to the base; recovery: mean over tasks of the quotient.
 
-    A task in which the base scores 0 has no quotient and is left out of the recovery. `above_chance` are the tasks that
-    the base does better than guessing by two standard errors: what is lost can be seen there.
+    A task in which the base scores 0 has no quotient and is left out of the recovery; so is one most of whose requests
+    end within the decision window. `above_chance` are the others that the base does better than guessing by two
+    standard errors: what is lost can be seen there.
     """
     tasks: dict[str, dict[str, Any]] = {}
     for name, base in systems["base"]["tasks"].items():
-        row: dict[str, Any] = {"metric": TASKS[name].metric, "shots": TASKS[name].shots, "samples": len(base["values"])}
+        row: dict[str, Any] = {"metric": TASKS[name].metric, "shots": base["shots"], "samples": len(base["values"])}
         for system, result in systems.items():
             values = result["tasks"][name]["values"]
             row[system], row[f"{system}_stderr"] = map(_rounded, mean_and_error(values))
@@ -238,22 +247,34 @@ def summary(systems: dict[str, dict[str, Any]]) -> dict[str, Any]:
                 row[f"{system}_difference"], row[f"{system}_difference_stderr"] = map(
                     _rounded, mean_and_error(differences)
                 )
-        row["truncated"] = base["truncated"]
+        row["truncated"] = _share_of(base["lengths"], lambda length: length > systems["base"]["max_length"] - 1)
+        row["in_window"] = _share_of(base["lengths"], lambda length: length <= (window or 0))
         routed = systems["checkpoint"]["tasks"][name]["routed"]
         row["kept_ratio"] = _rounded(systems["checkpoint"]["tasks"][name]["kept"] / routed if routed else None)
         tasks[name] = row
-    above = {n: row for n, row in tasks.items() if row["base"] - 2 * (row["base_stderr"] or 0) > TASKS[n].chance}
+    above = {
+        n: row for n, row in _telling(tasks).items() if row["base"] - 2 * (row["base_stderr"] or 0) > TASKS[n].chance
+    }
     return {
         "tasks": tasks,
         "recovery": recovery(tasks, "checkpoint"),
         "static_recovery": recovery(tasks, "static"),
-        "left_out_of_recovery": [name for name, row in tasks.items() if not row["base"]],
+        "left_out_of_recovery": [name for name in tasks if name not in _telling(tasks)],
         "above_chance": {"tasks": list(above)} | {name: recovery(above, name) for name in systems if name != "base"},
     }
 
 
+def _telling(tasks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Those that have a quotient to the base, and that requests skip layers in, most of them."""
+    return {name: row for name, row in tasks.items() if row["base"] and row["in_window"] <= 0.5}
+
+
+def _share_of(lengths: Sequence[int], which: Callable[[int], bool]) -> float:
+    return round(sum(map(which, lengths)) / max(len(lengths), 1), 4)
+
+
 def recovery(tasks: dict[str, dict[str, Any]], system: str) -> float | None:
-    quotients = [row[system] / row["base"] for row in tasks.values() if system in row and row["base"]]
+    quotients = [row[system] / row["base"] for row in _telling(tasks).values() if system in row]
     return _rounded(sum(quotients) / len(quotients)) if quotients else None
 
 
@@ -267,7 +288,7 @@ def compare_with_reference(
     """The first documents of each task by the reference: both means, and the largest difference of a likelihood."""
     progress("lm-eval on the float32 reference: checkpoint")
     number = min(args.reference, args.limit or args.reference)
-    few = Load(load.tasks, number, load.data_dir, load.include_path, generated=max(1, number // 8))
+    few = replace(load, limit=number, generated=max(1, number // 8))
     path, longest = str(args.checkpoint.resolve()), engine["max_length"]
     found = finished.get("reference", lambda: isolated(reference_scores, path, few, longest, **ENVIRONMENT))["tasks"]
     return {name: _compared(found[name], engine["tasks"][name]) for name in found}

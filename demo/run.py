@@ -36,7 +36,7 @@ MODEL, ROUTERS = "smollm2", HERE / "routers"
 QUESTIONS = (
     "Give three tips for staying healthy, and say for each of them in one sentence why it helps.",
     "What is the capital of France, and what is it known for? Answer in two short sentences, please.",
-    "Write a Python function that returns the mean of a list of numbers, with a docstring and type hints.",
+    "Write a Python function that checks whether a word is a palindrome, and explain it in one sentence.",
 )
 REQUESTS = 16
 

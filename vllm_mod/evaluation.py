@@ -31,6 +31,7 @@ class Task(Strict):
     static_difference: float | None = None
     static_difference_stderr: float | None = None
     truncated: float | None = Field(None, description="share of requests that were longer than the model allows")
+    in_window: float | None = Field(None, description="share of requests that ended within the decision window")
     kept_ratio: float | None = Field(None, description="in vLLM, during this task")
 
 
@@ -54,7 +55,9 @@ class Evaluation(Strict):
     command: str
     machine: dict[str, Any] = Field(default_factory=dict)
     tasks: dict[str, Task]
-    recovery: float | None = Field(description="mean over tasks of checkpoint / base; None: the base scores 0")
+    recovery: float | None = Field(
+        description="mean over tasks of checkpoint / base, of those whose requests skip; None: there is none"
+    )
     static_recovery: float | None
     kept_ratio: float | None = Field(description="in vLLM, during all tasks")
     perplexity: dict[str, float | None] = Field(default_factory=dict, description="of held-out answers, by system")

@@ -25,10 +25,11 @@ def text(record: dict[str, Any], stem: str) -> str:
         f"Documents per task: {record['limit'] or 'all'}.",
         markdown_table(*table(record)),
         "± is the standard error; *difference* is routed - base on the same documents, with the error of that paired "
-        "difference. *Cut*: requests longer than the model allows, which lost their first shots.",
+        "difference. *Cut*: requests longer than the model allows, which lost their first shots. *In window*: requests "
+        "that end within the decision window, and so run every layer; *kept* counts the decisions on them, too.",
         f"Recovery (mean over tasks of the quotient to base): routed {_share(record['recovery'])}, "
         f"static drop {_share(record['static_recovery'])}."
-        + (f" Left out, since the base scores 0: {left_out}." if left_out else ""),
+        + (f" Left out, since the base scores 0 or most requests end in the window: {left_out}." if left_out else ""),
         _above_chance(record["above_chance"]),
     ]
     if "perplexity" in record:
@@ -55,22 +56,24 @@ def text(record: dict[str, Any], stem: str) -> str:
 
 def table(record: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     systems = [s for s in NAMES if any(s in row for row in record["tasks"].values())]
-    header = ["task", "shots", "metric", "documents", *(NAMES[s] for s in systems), "difference", "kept", "cut"]
+    header = [
+        "task", "shots", "metric", "documents", *(NAMES[s] for s in systems), "difference", "kept", "cut", "in window"
+    ]  # fmt: skip
     rows = []
     for name, row in record["tasks"].items():
         difference = _pm(row["checkpoint_difference"], row["checkpoint_difference_stderr"])
         cells = [_pm(row[s], row[f"{s}_stderr"]) for s in systems]
-        about = [_share(row["kept_ratio"]), _share(row["truncated"])]
+        about = [_share(row["kept_ratio"]), _share(row["truncated"]), _share(row["in_window"])]
         rows.append([name, row["shots"], row["metric"], row["samples"], *cells, difference, *about])
     return header, rows
 
 
 def _above_chance(found: dict[str, Any]) -> str:
     if not found["tasks"]:
-        return "In no task is the base better than guessing by two standard errors."
+        return "In no task whose requests skip, most of them, is the base better than guessing by two standard errors."
     values = ", ".join(f"{NAMES[name]} {_share(value)}" for name, value in found.items() if name != "tasks")
     return (
-        f"Recovery on those where the base is better than guessing by two standard errors "
+        "Recovery on those where most requests skip and the base is better than guessing by two standard errors "
         f"({', '.join(found['tasks'])}): {values}."
     )
 

@@ -54,6 +54,10 @@ class Load:
     data_dir: str | None
     include_path: str | None
     generated: int | None = None  #: instead of `limit`, for tasks whose answers are generated
+    min_shots: int = 0  #: of tasks that the paper gives fewer
+
+    def shots(self, name: str) -> int:
+        return max(TASKS[name].shots, self.min_shots)
 
     def parts(self, name: str, task: Any) -> tuple[list[Any], int | None]:
         """What of a task is scored: its parts, and the number of documents of each (None: all), about `limit` in all.
@@ -86,7 +90,7 @@ def load_tasks(load: Load) -> tuple[Any, dict[str, Any]]:
             loaded = manager.load([name])
             task = loaded["groups"].get(name) or loaded["tasks"][name]
             for part in leaves(task):
-                if _too_few(part, TASKS[name].shots):
+                if _too_few(part, load.shots(name)):
                     log.warning("%s: too few training documents, shots are other scored ones", part.task_name)
                     part.sampler.replace_df(list(part.eval_docs))
         except Exception as error:  # whatever `datasets`, the hub or a task's own code raises
@@ -120,8 +124,8 @@ def check_tasks(load: Load) -> dict[str, int]:
 
 
 def scores(lm: Any, load: Load, kept: Any = None) -> dict[str, Any]:
-    """Task -> {"documents": [part, number] of each, "values": its metric, "likelihoods": of each of its requests,
-    "truncated": share of requests that were}.
+    """Task -> {"shots", "documents": [part, number] of each, "values": its metric, "likelihoods": of each of its
+    requests, "lengths": the tokens that each request needs, those of its answer included}.
 
     kept: called before and after each task, gives the engine's counters so far.
     """
@@ -130,10 +134,10 @@ def scores(lm: Any, load: Load, kept: Any = None) -> dict[str, Any]:
     manager, found = load_tasks(load)
     results: dict[str, Any] = {}
     for name, task in tqdm(found.items(), desc="tasks"):
-        settings, (parts, each) = TASKS[name], load.parts(name, task)
+        settings, shots, (parts, each) = TASKS[name], load.shots(name), load.parts(name, task)
         before = kept() if kept else None
         output = simple_evaluate(
-            model=lm, tasks=parts, num_fewshot=settings.shots, limit=each, bootstrap_iters=0, task_manager=manager
+            model=lm, tasks=parts, num_fewshot=shots, limit=each, bootstrap_iters=0, task_manager=manager
         )
         numbers, documents = [], []
         for leaf in sorted(output["samples"]):
@@ -142,10 +146,11 @@ def scores(lm: Any, load: Load, kept: Any = None) -> dict[str, Any]:
                     numbers.append([leaf, document["doc_id"]])
                     documents.append(document)
         results[name] = {
+            "shots": shots,
             "documents": numbers,
             "values": [float(d[settings.metric]) for d in documents],
             "likelihoods": [_likelihoods(d["resps"]) for d in documents],
-            "truncated": _truncated(lm, documents),
+            "lengths": _lengths(lm, documents),
         }
         if kept:
             now = kept()
@@ -158,12 +163,11 @@ def _likelihoods(responses: Sequence[Any]) -> list[float]:
     return [float(r[0][0]) for r in responses if isinstance(r[0], (tuple, list))]
 
 
-def _truncated(lm: Any, documents: Sequence[dict[str, Any]]) -> float:
+def _lengths(lm: Any, documents: Sequence[dict[str, Any]]) -> list[int]:
     requests = [r for d in documents for r in d["arguments"]]
     texts = [r[0] + r[1] if isinstance(r[1], str) else r[0] for r in requests]
     room = [0 if isinstance(r[1], str) else lm.max_gen_toks - 1 for r in requests]
-    too_long = [len(lm.tok_encode(t)) + more > lm.max_length - 1 for t, more in zip(texts, room, strict=True)]
-    return round(sum(too_long) / max(len(too_long), 1), 4)
+    return [len(lm.tok_encode(t)) + more for t, more in zip(texts, room, strict=True)]
 
 
 def vllm_scores(model: str, mod: dict[str, Any] | None, load: Load, model_args: dict[str, Any]) -> dict[str, Any]:

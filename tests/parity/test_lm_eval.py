@@ -28,6 +28,7 @@ def test_scores_equal_the_references(
     assert 0.05 < line["kept_ratio"] < 0.95  # decisions differ, so that wrong ones would be seen
     record = json.loads(output.read_text())
     assert record["tasks"]["hellaswag"]["truncated"] == 1 and record["tasks"]["boolq"]["truncated"] == 0
+    assert record["tasks"]["boolq"]["in_window"] == 0 and record["tasks"]["boolq"]["shots"] == 0
     for name, compared in record["reference"].items():
         assert compared["samples"] == (1 if name == "gsm8k" else 2)
         assert compared["vllm"] == compared["reference"], name

@@ -34,8 +34,9 @@ def test_standard_error_is_lm_evals(values: list[float]) -> None:
 
 
 def result(**values: list[float]) -> dict[str, Any]:
-    tasks = {n: {"values": v, "truncated": 0.0, "kept": 3.0, "routed": 4.0} for n, v in values.items()}
-    return {"tasks": tasks}
+    tasks = {n: {"shots": 0, "values": v, "lengths": [64, 65, 99, 101], "kept": 3.0, "routed": 4.0}
+             for n, v in values.items()}  # fmt: skip
+    return {"tasks": tasks, "max_length": 101}
 
 
 def test_recovery_is_a_mean_of_quotients() -> None:
@@ -49,12 +50,33 @@ def test_recovery_is_a_mean_of_quotients() -> None:
     assert found["above_chance"] == {"tasks": ["piqa"], "checkpoint": 0.75}
     row = found["tasks"]["boolq"]
     assert row["checkpoint_difference"] == -0.25 and row["checkpoint_difference_stderr"] == 0.25
+    assert row["truncated"] == 0.25 and row["in_window"] == 0.0  # vLLM generates a token, so 100 are allowed
     assert quality.kept_ratio(systems["checkpoint"]) == 0.75
     record = found | {"command": "c", "mod_config": {"granularity": "attn_token", "layers": [1]}, "kept_ratio": 0.75,
                       "static_layers": [], "static_checkpoint": None, "limit": 4}  # fmt: skip
-    assert "In no task is the base better than guessing" not in text(record, "quality")  # piqa: 1 of 1
+    assert "is the base better than guessing" not in text(record, "quality")  # piqa: 1 of 1
     assert "(piqa): routed 0.750." in text(record, "quality")
     assert "| boolq | 0 | acc | 4 | 0.500 ± 0.289 | 0.250 ± 0.250 | -0.250 ± 0.250 |" in text(record, "quality")
+
+
+def test_a_task_whose_requests_end_in_the_window_says_nothing_about_skipping() -> None:
+    """PIQA's without shots are shorter than 64 tokens, but for a few: routed equalled dense to the last document."""
+    systems = {
+        "base": result(boolq=[1, 1, 0, 0], piqa=[1, 1, 1, 1]),
+        "checkpoint": result(boolq=[1, 0, 0, 0], piqa=[1, 1, 1, 1]),
+    }
+    for system in systems.values():
+        system["tasks"]["piqa"]["lengths"] = [30, 64, 65]
+    found = quality.summary(systems, window=64)
+    assert found["tasks"]["boolq"]["in_window"] == 0.25 and found["tasks"]["piqa"]["in_window"] == 0.6667
+    assert found["recovery"] == 0.5 and found["left_out_of_recovery"] == ["piqa"]
+    assert found["above_chance"] == {"tasks": [], "checkpoint": None}
+    assert quality.summary(systems)["recovery"] == 0.75  # without a window all of them skip
+
+
+def test_shots_where_the_paper_gives_fewer() -> None:
+    load = Load(list(TASKS), 4, None, None, min_shots=6)
+    assert [load.shots(name) for name in ("piqa", "mmlu", "hellaswag")] == [6, 6, 10]
 
 
 def test_documents_are_matched_by_their_number() -> None:
@@ -122,6 +144,7 @@ def test_missing_data_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (["--tasks", "nonsense"], "'nonsense' is not known"),
         (["--data-dir", "/nowhere/at/all"], "--data-dir"),
         (["--limit", "0"], "--limit"),
+        (["--min-shots", "-1"], "--min-shots"),
         ([], "pass --data, --static LAYER"),
         (["--static-checkpoint", "/nowhere/at/all"], "--static-checkpoint"),
         (["--static", "4", "--no-static"], "alternatives"),
