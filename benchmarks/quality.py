@@ -175,13 +175,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(json.dumps({key: record[key] for key in ("tasks", "recovery", "kept_ratio", "static_recovery")}))
 
 
+#: Of what `vllm_scores` returns; what an older version left unfinished is measured anew.
+_FORMAT = 2
+
+
 class Finished:
     """What is done, on disk, until the whole evaluation is; belongs to one command line."""
 
     def __init__(self, path: Path, owner: str) -> None:
         self.path = path
-        self.done: dict[str, Any] = {"command": owner}
-        if path.is_file() and (stored := read_json(path)).get("command") == owner:
+        self.done: dict[str, Any] = {"command": owner, "format": _FORMAT}
+        if path.is_file() and self.done.items() <= (stored := read_json(path)).items():
             progress(f"going on from {path}")
             self.done = stored
 

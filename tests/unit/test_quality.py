@@ -92,6 +92,8 @@ def test_an_interrupted_evaluation_goes_on(tmp_path: Path) -> None:
     quality.Finished(path, "command").get("base", lambda: 1)
     assert quality.Finished(path, "command").get("base", lambda: 2) == 1
     assert quality.Finished(path, "another command").get("base", lambda: 2) == 2
+    path.write_text(json.dumps({"command": "command", "base": 1}))  # of a version that noted no lengths of requests
+    assert quality.Finished(path, "command").get("base", lambda: 2) == 2
 
 
 # ---------------------------------------------------------------- data
