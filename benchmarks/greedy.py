@@ -35,6 +35,7 @@ from .lib.common import (
     run_command,
     write_json,
 )
+from .lib.errors import above, mean_and_error
 from .lib.perplexity import held_out, held_out_arguments
 
 Answers = Sequence[Sequence[int]]
@@ -101,24 +102,20 @@ def compare(answers: Mapping[str, Answers]) -> dict[str, dict[str, float]]:
     }
     rows = {}
     for name, found in shares.items():
-        above = [mine - theirs for mine, theirs in zip(found, shares["routed"], strict=True)]
         same = [list(a) == list(b) for a, b in zip(answers["dense"], answers[name], strict=True)]
-        more = [mine - theirs for mine, theirs in zip(looped[name], looped["dense"], strict=True)]
-        rows[name] = {
-            "agreed": round(statistics.mean(found), 4),
-            "agreed_standard_error": round(_standard_error(found), 4),
-            "agreed_above_routed": round(statistics.mean(above), 4),
-            "agreed_above_routed_standard_error": round(_standard_error(above), 4),
-            "identical": round(statistics.mean(same), 4),
-            "repeating": round(statistics.mean(looped[name]), 4),
-            "repeating_above_dense": round(statistics.mean(more), 4),
-            "repeating_above_dense_standard_error": round(_standard_error(more), 4),
-        }
+        rows[name] = (
+            _entries("agreed", mean_and_error(found))
+            | _entries("agreed_above_routed", above(found, shares["routed"]))
+            | {"identical": round(statistics.mean(same), 4), "repeating": round(statistics.mean(looped[name]), 4)}
+            | _entries("repeating_above_dense", above(looped[name], looped["dense"]))
+        )
     return rows
 
 
-def _standard_error(values: Sequence[float]) -> float:
-    return statistics.stdev(values) / len(values) ** 0.5
+def _entries(name: str, found: tuple[float, float | None]) -> dict[str, float]:
+    mean, error = found
+    assert error is not None  # of two requests or more
+    return {name: round(mean, 4), f"{name}_standard_error": round(error, 4)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

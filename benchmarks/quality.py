@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -47,6 +46,7 @@ from .lib.common import (
     run_command,
     write_json,
 )
+from .lib.errors import above, mean_and_error
 from .lib.perplexity import held_out_arguments
 from .lib.tasks import TASKS, Load, check_tasks, reference_scores, vllm_scores
 
@@ -225,14 +225,6 @@ def static_layers(args: argparse.Namespace, config: ModConfig, kept: float | Non
     return sorted(held_out.order()[:number])
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and its standard error; no error of a single value."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, None
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
-
-
 def summary(systems: dict[str, dict[str, Any]], window: int | None = None) -> dict[str, Any]:
     """Per task mean, standard error and the paired difference to the base; recovery: mean over tasks of the quotient.
 
@@ -247,30 +239,22 @@ def summary(systems: dict[str, dict[str, Any]], window: int | None = None) -> di
             values = result["tasks"][name]["values"]
             row[system], row[f"{system}_stderr"] = map(_rounded, mean_and_error(values))
             if system != "base":
-                differences = [v - b for v, b in zip(values, base["values"], strict=True)]
-                row[f"{system}_difference"], row[f"{system}_difference_stderr"] = map(
-                    _rounded, mean_and_error(differences)
-                )
+                found = map(_rounded, above(values, base["values"]))
+                row[f"{system}_difference"], row[f"{system}_difference_stderr"] = found
         row["truncated"] = _share_of(base["lengths"], lambda length: length > systems["base"]["max_length"] - 1)
         row["in_window"] = _share_of(base["lengths"], lambda length: length <= (window or 0))
         routed = systems["checkpoint"]["tasks"][name]["routed"]
         row["kept_ratio"] = _rounded(systems["checkpoint"]["tasks"][name]["kept"] / routed if routed else None)
         tasks[name] = row
-    above = {
-        n: row for n, row in _telling(tasks).items() if row["base"] - 2 * (row["base_stderr"] or 0) > TASKS[n].chance
-    }
+    telling = {name: row for name, row in tasks.items() if row["base"] and row["in_window"] <= 0.5}
+    seen = {n: row for n, row in telling.items() if row["base"] - 2 * (row["base_stderr"] or 0) > TASKS[n].chance}
     return {
         "tasks": tasks,
-        "recovery": recovery(tasks, "checkpoint"),
-        "static_recovery": recovery(tasks, "static"),
-        "left_out_of_recovery": [name for name in tasks if name not in _telling(tasks)],
-        "above_chance": {"tasks": list(above)} | {name: recovery(above, name) for name in systems if name != "base"},
+        "recovery": recovery(telling, "checkpoint"),
+        "static_recovery": recovery(telling, "static"),
+        "left_out_of_recovery": [name for name in tasks if name not in telling],
+        "above_chance": {"tasks": list(seen)} | {name: recovery(seen, name) for name in systems if name != "base"},
     }
-
-
-def _telling(tasks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Those that have a quotient to the base, and that requests skip layers in, most of them."""
-    return {name: row for name, row in tasks.items() if row["base"] and row["in_window"] <= 0.5}
 
 
 def _share_of(lengths: Sequence[int], which: Callable[[int], bool]) -> float:
@@ -278,7 +262,7 @@ def _share_of(lengths: Sequence[int], which: Callable[[int], bool]) -> float:
 
 
 def recovery(tasks: dict[str, dict[str, Any]], system: str) -> float | None:
-    quotients = [row[system] / row["base"] for row in _telling(tasks).values() if system in row]
+    quotients = [row[system] / row["base"] for row in tasks.values() if system in row]
     return _rounded(sum(quotients) / len(quotients)) if quotients else None
 
 

@@ -70,7 +70,7 @@ def table(record: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 def _above_chance(found: dict[str, Any]) -> str:
     if not found["tasks"]:
-        return "In no task whose requests skip, most of them, is the base better than guessing by two standard errors."
+        return "In no task most of whose requests skip is the base better than guessing by two standard errors."
     values = ", ".join(f"{NAMES[name]} {_share(value)}" for name, value in found.items() if name != "tasks")
     return (
         "Recovery on those where most requests skip and the base is better than guessing by two standard errors "

@@ -118,7 +118,7 @@ def run_training(args: RouterArguments, training_args: RouterTrainingArguments, 
             return dry_run.finish(trainer, args, tokenizer, base, config, records)
         if rank is not None:  # so that routers learn what skipping costs with something in place
             log.info("patches for routers that skip by chance, before these are trained")
-            _fit_patches(trainer, args, rank, run_dir, _WITHOUT, by_chance=True)
+            _fit_patches(trainer, args, rank, run_dir, by_chance=True)
         if state is not None:
             trainer.restore(state)
         with stop.installed():
@@ -167,7 +167,7 @@ def _finish(
     model, run_dir, output = trainer.model, Path(training_args.output_dir or ""), Path(args.output)
     if args.capacity_loss == "controller":  # the paper's way ends with the last step's routers
         trainer.average.apply(routing_of(model).routers)
-    fitted = {} if parts.rank is None else _fit_patches(trainer, args, parts.rank, run_dir, _LOWER)
+    fitted = {} if parts.rank is None else _fit_patches(trainer, args, parts.rank, run_dir)
     routed = trainer.measure()
     with lora.without_adapter(model):
         dense = trainer.measure(threshold=0.0)
@@ -211,9 +211,9 @@ def _patch_batches(
 
 
 def _fit_patches(
-    trainer: RouterTrainer, args: RouterArguments, rank: int, run_dir: Path, way_out: str, by_chance: bool = False
+    trainer: RouterTrainer, args: RouterArguments, rank: int, run_dir: Path, by_chance: bool = False
 ) -> dict[int, Fitted]:
-    """For the routers as they are; the model has them from then on. way_out: what to do if that cannot be."""
+    """For the trained routers, or before that for ones that skip by chance; the model has them from then on."""
     model: Any = trainer.model
     config, batch_size = routing_of(model).config, trainer.args.per_device_eval_batch_size
     batches = _patch_batches(args, config, rank, trainer.train_dataset, batch_size)
@@ -222,7 +222,7 @@ def _fit_patches(
     try:
         return fit_patches(model.eval(), batches, rank, place, quiet=quiet, by_chance=by_chance)
     except ConfigError as error:
-        raise ConfigError(f"{error}; {way_out}") from None
+        raise ConfigError(f"{error}; {_WITHOUT if by_chance else _LOWER}") from None
 
 
 def _patch_record(
