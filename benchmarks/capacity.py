@@ -22,7 +22,17 @@ from typing import Any
 from vllm_mod.calibration import read_calibration
 from vllm_mod.checkpoint import read_json, read_mod_config
 
-from .lib.common import IN_PROCESS, RESULTS, command, isolated, machine, markdown_table, progress, write_json
+from .lib.common import (
+    IN_PROCESS,
+    RESULTS,
+    command,
+    isolated,
+    machine,
+    markdown_table,
+    progress,
+    run_command,
+    write_json,
+)
 
 
 def arguments() -> argparse.Namespace:
@@ -162,4 +172,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "capacity", "interrupted; --resume goes on from the runs that are in the result file")

@@ -27,7 +27,7 @@ from typing import Any
 
 from tests.support.models import routed_checkpoint, tiny_llama
 
-from .lib.common import RESULTS, command, command_line, machine, metric_totals, progress, write_json
+from .lib.common import RESULTS, command, command_line, machine, metric_totals, progress, run_command, write_json
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2,
          "head_dim": 64, "max_position_embeddings": 2048}  # fmt: skip
@@ -164,4 +164,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "gpu_check", "interrupted; what was done is in the result file")

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from router_tuning.hub import local_model
-from vllm_mod.config import ConfigError
 
 from .lib.common import (
     IN_PROCESS,
@@ -36,7 +35,7 @@ from .lib.common import (
     write_json,
 )
 from .lib.errors import above, mean_and_error
-from .lib.perplexity import held_out, held_out_arguments
+from .lib.held_out import check_checkpoint, held_out, held_out_arguments, names_of
 
 Answers = Sequence[Sequence[int]]
 
@@ -56,9 +55,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
     args = parser.parse_args(argv)
     if args.tokens < 1 or args.samples < 2:
         parser.error("--tokens: 1 or more, --samples: 2 or more")
-    names = ["dense", "routed", *(other.name for other in args.others)]
-    if len(set(names)) < len(names):
-        parser.error("--others: directories with names of their own are needed, other than dense and routed")
     return args
 
 
@@ -121,11 +117,11 @@ def _entries(name: str, found: tuple[float, float | None]) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     args.model = local_model(args.model)
-    samples = held_out(args)
-    if len(samples) < 2:
-        raise ConfigError(f"{', '.join(args.data)}: {len(samples)} usable held-out samples; two are needed")
-    prompts = [sample["input_ids"][: sample["prompt_len"]] for sample in samples]
-    systems = {"dense": args.model, "routed": args.checkpoint} | {other.name: other for other in args.others}
+    checkpoints = {"routed": args.checkpoint} | names_of(args.others, ("dense", "routed"))
+    for checkpoint in checkpoints.values():
+        check_checkpoint(checkpoint, args.model)
+    prompts = [sample["input_ids"][: sample["prompt_len"]] for sample in held_out(args)]
+    systems = {"dense": args.model} | checkpoints
     answers = {}
     for name, path in systems.items():
         progress(f"answers of {name}")

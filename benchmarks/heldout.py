@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -25,26 +25,28 @@ from router_tuning.per_token import mean_per_token
 from vllm_mod.checkpoint import read_mod_config
 from vllm_mod.config import ModConfig
 
-from .lib.common import IN_PROCESS, RESULTS, command, isolated, machine, progress, write_json
-from .lib.engine_kept import engine_kept
-from .lib.perplexity import (
-    Answers,
-    compare,
-    dense_config,
-    held_out,
-    held_out_arguments,
-    load_system,
-    perplexity,
-    perplexity_ratio,
+from .lib.common import (
+    IN_PROCESS,
+    RESULTS,
+    command,
+    command_line,
+    isolated,
+    machine,
+    progress,
+    run_command,
+    write_json,
 )
+from .lib.engine_kept import engine_kept
+from .lib.held_out import check_checkpoint, held_out, held_out_arguments, names_of
+from .lib.perplexity import Answers, compare, dense_config, load_system, perplexity, perplexity_ratio
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.heldout", description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="what `router-tuning train` wrote")
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command_line("heldout", __doc__)
+    parser.add_argument("checkpoint", type=Path, help="what `router-tuning train` or `fit` wrote")
     parser.add_argument("--model", required=True, help="its base model: a directory, a hub name, or smollm2")
     parser.add_argument("--data", nargs="+", required=True, help="files whose last part was held out in training")
     held_out_arguments(parser)
@@ -56,7 +58,7 @@ def arguments() -> argparse.Namespace:
         "--without-patches", action="store_true", help="measure every checkpoint with nothing in place of what it skips"
     )
     parser.add_argument("--output", type=Path, default=RESULTS / "heldout/result.json", help="default: %(default)s")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def summary(found: Answers, answers: Mapping[str, Answers], counts: Tensor) -> dict[str, float]:
@@ -83,12 +85,30 @@ def _rounded(sums: Tensor) -> list[float]:
     return [round(value, 3) for value in sums.tolist()]
 
 
-def main() -> None:
+def kept_in_vllm(checkpoint: Path, config: ModConfig, prompts: list[list[int]]) -> dict[str, Any] | None:
+    """See `engine_kept`; None where there is nothing to count, or nobody to count it."""
+    if config.is_static:
+        return None
+    if importlib.util.find_spec("vllm") is None:
+        progress("vLLM is not installed: its kept ratio is left out")
+        return None
+    progress("kept ratio in vLLM")
+    try:
+        return isolated(engine_kept, checkpoint, prompts, **IN_PROCESS)
+    except KeyboardInterrupt:
+        progress("interrupted: vLLM's kept ratio is left out")
+        return None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
-    args = arguments()
+    args = arguments(argv)
     keep_freed_memory()
     args.model = local_model(args.model)
+    others = names_of(args.others, ("dense", "routed", "static"))
+    for checkpoint in (args.checkpoint, *others.values()):
+        check_checkpoint(checkpoint, args.model)
     config = read_mod_config(args.checkpoint)
     samples = held_out(args)
     systems: dict[str, tuple[Path, ModConfig | None]] = {
@@ -98,22 +118,15 @@ def main() -> None:
     if args.static_layers:
         settings = {"version": 1, "granularity": f"{config.policy.target}_static", "layers": args.static_layers}
         systems["static"] = args.model, ModConfig.parse(settings, "--static-layers")
-    systems |= {other.name: (other, None) for other in args.others}
+    systems |= {name: (other, None) for name, other in others.items()}
     if args.without_patches:
-        for name, checkpoint in {"routed": args.checkpoint, **{other.name: other for other in args.others}}.items():
+        for name, checkpoint in {"routed": args.checkpoint, **others}.items():
             systems[f"{name} without patches"] = checkpoint, with_patch(read_mod_config(checkpoint), None)
     models = {name: load_system(*system) for name, system in systems.items()}
     answers, counts = compare(models, tqdm(samples, desc=f"{len(models)} systems", unit="sample"))
     del models
     torch.cuda.empty_cache()  # vLLM looks for it
     quality = {name: summary(found, answers, counts) for name, found in answers.items()}
-    kept = None
-    if importlib.util.find_spec("vllm") is None:
-        progress("vLLM is not installed: its kept ratio is left out")
-    else:
-        progress("kept ratio in vLLM")
-        prompts = [sample["input_ids"][: sample["prompt_len"]] for sample in samples[: len(counts)]]
-        kept = isolated(engine_kept, args.checkpoint, prompts, **IN_PROCESS)
     result = {
         "command": command("heldout"),
         "machine": machine(),
@@ -121,14 +134,18 @@ def main() -> None:
         "samples": len(counts),
         "static_layers": args.static_layers,
         "quality": quality,
-        "kept_ratio": kept,
+        "kept_ratio": None,
     }
-    write_json(args.output, result)
+    write_json(args.output, result)  # it took long, and an engine may fail
     per_sample = {name: {"loss": _rounded(f.losses), "kl": _rounded(f.divergence)} for name, f in answers.items()}
     beside = args.output.with_suffix(".samples.json")  # so that runs over other samples can be added up
     beside.write_text(json.dumps({"answer_tokens": counts.int().tolist(), **per_sample}) + "\n")
+    prompts = [sample["input_ids"][: sample["prompt_len"]] for sample in samples[: len(counts)]]
+    if kept := kept_in_vllm(args.checkpoint, config, prompts):
+        result["kept_ratio"] = kept
+        write_json(args.output, result)
     print(json.dumps({key: result[key] for key in ("quality", "kept_ratio")}))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "heldout", "interrupted before two samples were measured; nothing is written")

@@ -4,7 +4,6 @@ costs in nats per answer token, routed and by the static drops that it was compa
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
@@ -12,7 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .lib.common import command_line, markdown_table, progress
+from vllm_mod.checkpoint import read_json
+from vllm_mod.config import ConfigError
+
+from .lib.common import command_line, markdown_table, progress, run_command
 
 #: What systems without patches lose is of another scale.
 _DRAWN = {"routed": "C0", "static": "C3", "random": "C7", "paper": "C2"}
@@ -102,6 +104,13 @@ def _unit(record: Mapping[str, Any]) -> str:
     return _UNITS[record["mod_config"]["granularity"].partition("_")[0]]
 
 
+def _read(path: Path) -> dict[str, Any]:
+    record = read_json(path)
+    if not {"quality", "mod_config", "samples"} <= set(record):
+        raise ConfigError(f"{path}: not a result of benchmarks.heldout")
+    return record
+
+
 def main() -> None:
     parser = command_line("heldout_report", __doc__)
     parser.add_argument("results", type=Path, nargs="+", help="files that `heldout` wrote")
@@ -109,8 +118,7 @@ def main() -> None:
     args = parser.parse_args()
     here = args.output.parent.resolve()
     records = [
-        json.loads(path.read_text()) | {"stem": path.stem, "place": os.path.relpath(path.resolve(), here)}
-        for path in args.results
+        _read(path) | {"stem": path.stem, "place": os.path.relpath(path.resolve(), here)} for path in args.results
     ]
     order = list(_UNITS.values())
     records.sort(key=lambda record: (order.index(_unit(record)), points(record)[0]["skipped"]))
@@ -130,4 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "heldout_report", "interrupted")

@@ -42,6 +42,7 @@ from .lib.common import (
     metric_totals,
     progress,
     routed_config,
+    run_command,
     write_json,
 )
 
@@ -293,4 +294,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "kv_capacity", "interrupted; nothing is written")

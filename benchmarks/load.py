@@ -35,6 +35,7 @@ from .lib.common import (
     markdown_table,
     progress,
     routed_config,
+    run_command,
     write_json,
 )
 from .lib.shapes import SHAPES, routed_layers, skipped_layers
@@ -161,4 +162,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "load", "interrupted; what was done is in the result file")

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .lib.common import RESULTS, command, command_line, machine, write_json
+from .lib.common import RESULTS, command, command_line, machine, run_command, write_json
 
 BLOCK = 32  # tokens
 
@@ -94,4 +94,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "page_order", "interrupted; nothing is written")

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from router_tuning.hub import local_model
-from vllm_mod.checkpoint import BaseShape, read_json, read_mod_config, write_checkpoint
+from vllm_mod.checkpoint import read_json, read_mod_config, write_checkpoint
 from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.evaluation import write_evaluation
 
@@ -47,7 +47,7 @@ from .lib.common import (
     write_json,
 )
 from .lib.errors import above, mean_and_error
-from .lib.perplexity import held_out_arguments
+from .lib.held_out import check_checkpoint, held_out_arguments
 from .lib.tasks import TASKS, Load, check_tasks, reference_scores, vllm_scores
 
 ENVIRONMENT = IN_PROCESS | {"VLLM_NO_USAGE_STATS": "1"}
@@ -96,11 +96,8 @@ def check(args: argparse.Namespace) -> ModConfig:
     config = read_mod_config(args.checkpoint)
     if config.is_static:
         raise ConfigError(f"{args.checkpoint}: a static checkpoint decides nothing; give a routed one")
-    base = read_json(args.model / "config.json")
-    if "mod_config" in base:
-        raise ConfigError(f"--model {args.model}: a routed checkpoint; give its base model")
-    shape = BaseShape.of(base, str(args.model))
-    config.check_fits(shape.num_layers, shape.num_experts, shape.dense_layers)
+    for checkpoint in filter(None, (args.checkpoint, args.static_checkpoint)):
+        check_checkpoint(checkpoint, args.model)
     if unknown := [t for t in args.tasks if t not in TASKS]:
         raise ConfigError(f"--tasks: {unknown[0]!r} is not known; the paper's are {', '.join(TASKS)}")
     if args.limit is not None and args.limit < 1:
@@ -109,8 +106,6 @@ def check(args: argparse.Namespace) -> ModConfig:
         raise ConfigError("--min-shots: 0 or more")
     if config.policy.by_experts and not args.no_static:
         raise ConfigError("experts have no static drop to compare with; pass --no-static")
-    if args.static_checkpoint:
-        read_mod_config(args.static_checkpoint)
     ways = bool(args.static) + bool(args.static_checkpoint) + args.no_static
     if ways > 1:
         raise ConfigError("--static, --static-checkpoint and --no-static are alternatives")

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .lib.common import RESULTS, command, command_line, machine, markdown_table, progress, write_json
+from .lib.common import RESULTS, command, command_line, machine, markdown_table, progress, run_command, write_json
 from .lib.engines import Engine, Load, engine_flags, run_in_turn, start_engines
 from .lib.shapes import SHAPES, four_systems, positions, routed_layers
 
@@ -131,4 +131,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "scaling", "interrupted; what was done is in the result file")

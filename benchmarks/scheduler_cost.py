@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .lib.common import RESULTS, command, command_line, machine, markdown_table, progress, write_json
+from .lib.common import RESULTS, command, command_line, machine, markdown_table, progress, run_command, write_json
 
 
 def kv_manager(args: argparse.Namespace, paged: bool) -> Any:
@@ -193,4 +193,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    main()
+    run_command(main, "scheduler_cost", "interrupted; nothing is written")

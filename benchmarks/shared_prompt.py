@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .lib.common import RESULTS, command, command_line, machine, progress, write_json
+from .lib.common import RESULTS, command, command_line, machine, progress, run_command, write_json
 from .lib.engines import Load, Times, engine_flags, run_in_turn, start_engines
 from .lib.shapes import SHAPES, four_systems, positions, routed_layers, settle_routed
 
@@ -112,4 +112,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "shared_prompt", "interrupted; nothing is written")

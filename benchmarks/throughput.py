@@ -36,7 +36,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .lib.common import RESULTS, command, command_line, machine, markdown_table, progress, routed_config, write_json
+from .lib.common import (
+    RESULTS,
+    command,
+    command_line,
+    machine,
+    markdown_table,
+    progress,
+    routed_config,
+    run_command,
+    write_json,
+)
 from .lib.engines import Engine, Load, Times, engine_flags, run_in_turn, start_engines
 from .lib.shapes import SHAPES, SYSTEMS, four_systems, positions, routed_layers, settle_routed
 
@@ -252,4 +262,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "throughput", "interrupted; the points of a sweep that were done are in the result file")

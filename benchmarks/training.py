@@ -29,7 +29,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .lib.common import RESULTS, command, command_line, llama_config, machine, markdown_table, progress, write_json
+from .lib.common import (
+    RESULTS,
+    command,
+    command_line,
+    llama_config,
+    machine,
+    markdown_table,
+    progress,
+    run_command,
+    write_json,
+)
 from .lib.shapes import SHAPES
 
 WAYS = ("trunk", "full")
@@ -210,4 +220,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "training", "interrupted; nothing is written")

@@ -10,12 +10,12 @@ from typing import Any
 from tqdm import tqdm
 
 from vllm_mod.calibration import read_calibration
-from vllm_mod.config import ConfigError, ModConfig
+from vllm_mod.config import ModConfig
 
+from .held_out import held_out
 from .perplexity import (
     answer_losses,
     dense_config,
-    held_out,
     kept_ratios,
     load_system,
     perplexity,
@@ -31,8 +31,6 @@ class Perplexities:
     def __init__(self, args: argparse.Namespace, config: ModConfig) -> None:
         self.base, self.checkpoint, self.config = args.model, args.checkpoint, config
         self.samples = held_out(args)
-        if len(self.samples) < 2:
-            raise ConfigError(f"--data: {len(self.samples)} usable held-out samples; give more data, or --fraction")
         self._args = args
 
     def order(self) -> list[int]:

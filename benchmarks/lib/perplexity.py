@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,24 +20,6 @@ if TYPE_CHECKING:
 
 #: Samples of a forward, and on a GPU, which a few would leave idle.
 _TOGETHER, _TOGETHER_ON_GPU = 8, 32
-
-
-def held_out_arguments(parser: argparse.ArgumentParser, samples: int = 200) -> None:
-    """What `held_out` reads, but for `--model` and `--data`."""
-    add = parser.add_argument
-    add("--fraction", type=float, default=0.02, help="held-out part of a file (default: %(default)s)")
-    add("--samples", type=int, default=samples, help="held-out samples (default: %(default)s)")
-    add("--max-length", type=int, default=512, help="tokens of a held-out sample (default: %(default)s)")
-
-
-def held_out(args: argparse.Namespace) -> list[dict[str, Any]]:
-    from router_tuning.data import read_sources, split_tail, tokenize
-    from router_tuning.tokenizer import load_tokenizer
-
-    rows = split_tail(read_sources(args.data), args.fraction)[1]
-    samples, counts = tokenize(rows, load_tokenizer(args.model), args.max_length, args.samples)
-    progress(f"held-out data: {counts}")
-    return list(samples)
 
 
 def answer_losses(model: Any, samples: Iterable[dict[str, Any]]) -> tuple[Tensor, Tensor]:

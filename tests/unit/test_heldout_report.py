@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import heldout_report
+from vllm_mod.config import ConfigError
 
 
 def row(ratio: float, to_routed: float, skipped: float) -> dict[str, float]:
@@ -53,3 +54,12 @@ def test_a_page_and_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "1.5% ± 0.2%" in output.read_text() and "(page.png)" in output.read_text()
     assert "| 64 |" in output.read_text() and "| none |" not in output.read_text()
     assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+def test_what_is_no_result_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answers by sample lie beside each result."""
+    beside = tmp_path / "result.samples.json"
+    beside.write_text(json.dumps({"answer_tokens": [1, 2]}))
+    monkeypatch.setattr(sys, "argv", ["heldout_report", str(beside), "--output", str(tmp_path / "page.md")])
+    with pytest.raises(ConfigError, match=r"result\.samples\.json: not a result of benchmarks\.heldout"):
+        heldout_report.main()
