@@ -32,7 +32,7 @@ from router_tuning.states import newest_whole
 from vllm_mod.checkpoint import read_json
 from vllm_mod.config import ConfigError, default_layers
 
-from .lib.common import RESULTS, command, command_line, machine, progress, run_command, write_json
+from .lib.common import RESULTS, command, command_line, machine, progress, result_file, run_command, write_json
 
 GROUPS = ("main", "oracle", "layers", "depth", "samples", "data", "module")
 
@@ -141,7 +141,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--oracle-samples", type=int, default=100, help="held-out samples of group `oracle` (default: %(default)s)")
     add("--work", type=Path, default=Path("ckpt/ablations"), help="checkpoints and logs (default: %(default)s)")
     output = RESULTS / "ablations/result.json"
-    add("--output", type=Path, default=output, help="default: %(default)s; .md and .png beside it")
+    add("--output", type=result_file, default=output, help="default: %(default)s; .md and .png beside it")
     args = parser.parse_args(argv)
     if not args.model.is_dir():
         parser.error(f"--model {args.model}: no such directory")

@@ -24,11 +24,11 @@ from vllm_mod.checkpoint import read_json, read_mod_config
 
 from .lib.common import (
     IN_PROCESS,
-    RESULTS,
     command,
     isolated,
     machine,
     markdown_table,
+    output_argument,
     progress,
     run_command,
     write_json,
@@ -51,7 +51,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--engine", action="store_true", help="compare with vLLM's counters")
     parser.add_argument("--resume", action="store_true", help="keep the runs that --output has already")
-    parser.add_argument("--output", type=Path, default=RESULTS / "capacity/result.json", help="default: %(default)s")
+    output_argument(parser, "capacity/result.json")
     return parser.parse_args()
 
 

@@ -27,7 +27,16 @@ from typing import Any
 
 from tests.support.models import routed_checkpoint, tiny_llama
 
-from .lib.common import RESULTS, command, command_line, machine, metric_totals, progress, run_command, write_json
+from .lib.common import (
+    command,
+    command_line,
+    machine,
+    metric_totals,
+    output_argument,
+    progress,
+    run_command,
+    write_json,
+)
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2,
          "head_dim": 64, "max_position_embeddings": 2048}  # fmt: skip
@@ -54,7 +63,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
     parser.add_argument("--v2", action="store_true", help="with vLLM's Model Runner V2")
     parser.add_argument("--eager", action="store_true", help="no compilation and no CUDA graphs")
-    parser.add_argument("--output", type=Path, default=RESULTS / "gpu_check/result.json", help="default: %(default)s")
+    output_argument(parser, "gpu_check/result.json")
     return parser.parse_args(argv)
 
 

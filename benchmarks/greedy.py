@@ -23,13 +23,13 @@ from router_tuning.hub import local_model
 
 from .lib.common import (
     IN_PROCESS,
-    RESULTS,
     command,
     command_line,
     cpu_flags,
     isolated,
     machine,
     markdown_table,
+    output_argument,
     progress,
     run_command,
     write_json,
@@ -51,7 +51,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
     held_out_arguments(parser, samples=100)
     parser.add_argument("--tokens", type=int, default=64, help="of an answer, at most (default: %(default)s)")
     parser.add_argument("--others", type=Path, nargs="*", default=[], help="further checkpoints of the same base")
-    parser.add_argument("--output", type=Path, default=RESULTS / "greedy/result.json", help="default: %(default)s")
+    output_argument(parser, "greedy/result.json")
     args = parser.parse_args(argv)
     if args.tokens < 1 or args.samples < 2:
         parser.error("--tokens: 1 or more, --samples: 2 or more")

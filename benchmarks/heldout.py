@@ -27,11 +27,11 @@ from vllm_mod.config import ModConfig
 
 from .lib.common import (
     IN_PROCESS,
-    RESULTS,
     command,
     command_line,
     isolated,
     machine,
+    output_argument,
     progress,
     run_command,
     write_json,
@@ -57,7 +57,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--without-patches", action="store_true", help="measure every checkpoint with nothing in place of what it skips"
     )
-    parser.add_argument("--output", type=Path, default=RESULTS / "heldout/result.json", help="default: %(default)s")
+    output_argument(parser, "heldout/result.json")
     return parser.parse_args(argv)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from vllm_mod.checkpoint import read_json
 from vllm_mod.config import ConfigError
 
-from .lib.common import command_line, markdown_table, progress, run_command
+from .lib.common import command_line, markdown_table, progress, result_file, run_command
 
 #: What systems without patches lose is of another scale.
 _DRAWN = {"routed": "C0", "static": "C3", "random": "C7", "paper": "C2"}
@@ -114,7 +114,7 @@ def _read(path: Path) -> dict[str, Any]:
 def main() -> None:
     parser = command_line("heldout_report", __doc__)
     parser.add_argument("results", type=Path, nargs="+", help="files that `heldout` wrote")
-    parser.add_argument("--output", type=Path, required=True, help="a .md file; the picture goes beside it")
+    parser.add_argument("--output", type=result_file, required=True, help="a .md file; the picture goes beside it")
     args = parser.parse_args()
     here = args.output.parent.resolve()
     records = [

@@ -41,6 +41,7 @@ from .lib.common import (
     markdown_table,
     metric_totals,
     progress,
+    result_file,
     routed_config,
     run_command,
     write_json,
@@ -263,7 +264,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max-num-seqs", type=int, default=256, help="must not be what limits the running requests")
     add("--repeats", type=int, default=1, help="runs per system; the fastest counts for tokens/s")
     add("--sweep", action="store_true", help="vary the skipped share instead, and draw a plot (needs matplotlib)")
-    add("--output", type=Path, help="result file (default: benchmarks/results/kv_capacity/result.json, or sweep.json)")
+    add(
+        "--output",
+        type=result_file,
+        help="result file (default: benchmarks/results/kv_capacity/result.json, or sweep.json)",
+    )
     args = parser.parse_args(argv)
     if not 0 <= args.skip_share <= 0.5:
         parser.error("--skip-share: half of the layers are routed, so a number from 0 to 0.5 is needed")

@@ -26,13 +26,13 @@ from tests.support.server import Server, serve
 from vllm_mod.calibration import Calibration, write_calibration
 
 from .lib.common import (
-    RESULTS,
     command,
     command_line,
     cpu_flags,
     llama_config,
     machine,
     markdown_table,
+    output_argument,
     progress,
     routed_config,
     run_command,
@@ -60,7 +60,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="default: all")
     parser.add_argument("--kv-cache-memory-bytes", type=int, default=512 << 20, help="default: 512 MiB")
     parser.add_argument("--max-num-seqs", type=int, default=32, help="default: %(default)s")
-    parser.add_argument("--output", type=Path, default=RESULTS / "load/result.json", help="default: %(default)s")
+    output_argument(parser, "load/result.json")
     args = parser.parse_args(argv)
     total = SHAPES[args.shape]["num_hidden_layers"]
     if not 0 < args.routed < total or args.routed % LEVELS:

@@ -25,7 +25,16 @@ from router_tuning.costs_file import CostsFile, Rows
 from router_tuning.selection import Measured
 from vllm_mod.config import ConfigError
 
-from .lib.common import RESULTS, command, command_line, machine, markdown_table, progress, run_command, write_json
+from .lib.common import (
+    command,
+    command_line,
+    machine,
+    markdown_table,
+    output_argument,
+    progress,
+    run_command,
+    write_json,
+)
 
 #: Fewer say nothing.
 _FEWEST = 32
@@ -37,7 +46,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sizes", type=int, nargs="+", default=[150, 300, 600, 1200], help="requests of a group")
     parser.add_argument("--skip", type=float, nargs="+", default=[4, 8, 12], help="layers a request skips on average")
     parser.add_argument("--share", type=float, default=0.5, help="of what a request's layers have in common")
-    parser.add_argument("--output", type=Path, default=RESULTS / "measured_requests/result.json")
+    output_argument(parser, "measured_requests/result.json")
     return parser.parse_args(argv)
 
 

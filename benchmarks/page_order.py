@@ -15,12 +15,11 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .lib.common import RESULTS, command, command_line, machine, run_command, write_json
+from .lib.common import command, command_line, machine, output_argument, run_command, write_json
 
 BLOCK = 32  # tokens
 
@@ -30,7 +29,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name, value in (("layers", 16), ("requests", 16), ("context", 2048), ("heads", 8), ("head-dim", 64)):
         parser.add_argument(f"--{name}", type=int, default=value, help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=15, help="default: %(default)s")
-    parser.add_argument("--output", type=Path, default=RESULTS / "page_order/result.json", help="default: %(default)s")
+    output_argument(parser, "page_order/result.json")
     args = parser.parse_args(argv)
     if args.context % BLOCK:
         parser.error(f"--context {args.context}: a multiple of {BLOCK}")

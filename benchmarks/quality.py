@@ -36,12 +36,12 @@ from vllm_mod.evaluation import write_evaluation
 
 from .lib.common import (
     IN_PROCESS,
-    RESULTS,
     command,
     command_line,
     isolated,
     machine,
     markdown_table,
+    output_argument,
     progress,
     run_command,
     write_json,
@@ -77,7 +77,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtype", default="auto", help="of the engine; float32 to compare with the reference (default: %(default)s)")
     add("--model-args", type=json.loads, default={}, metavar="JSON", help="more of vLLM's engine arguments, such as "
         """'{"tensor_parallel_size": 2}'""")  # fmt: skip
-    add("--output", type=Path, default=RESULTS / "quality/result.json", help="default: %(default)s")
+    output_argument(parser, "quality/result.json")
     return parser.parse_args(argv)
 
 

@@ -18,7 +18,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .lib.common import RESULTS, command, command_line, machine, markdown_table, progress, run_command, write_json
+from .lib.common import (
+    command,
+    command_line,
+    machine,
+    markdown_table,
+    output_argument,
+    progress,
+    run_command,
+    write_json,
+)
 from .lib.engines import Engine, Load, engine_flags, run_in_turn, start_engines
 from .lib.shapes import SHAPES, four_systems, positions, routed_layers
 
@@ -38,7 +47,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kv-cache-memory-bytes", type=int, default=2 << 30, help="default: 2 GiB")
     parser.add_argument("--block-size", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--eager", action="store_true", help="no compilation")
-    parser.add_argument("--output", type=Path, default=RESULTS / "scaling/result.json", help="default: %(default)s")
+    output_argument(parser, "scaling/result.json")
     args = parser.parse_args(argv)
     total = SHAPES[args.shape]["num_hidden_layers"]
     if bad := [n for n in args.routed if not 0 < n < total or n % 2]:

@@ -26,10 +26,18 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from .lib.common import RESULTS, command, command_line, machine, markdown_table, progress, run_command, write_json
+from .lib.common import (
+    command,
+    command_line,
+    machine,
+    markdown_table,
+    output_argument,
+    progress,
+    run_command,
+    write_json,
+)
 
 
 def kv_manager(args: argparse.Namespace, paged: bool) -> Any:
@@ -163,7 +171,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--block-size", type=int, default=16, help="tokens per KV block")
     add("--window", type=int, default=64, help="tokens that decide")
     add("--repeats", type=int, default=7, help="rounds per manager, taking turns, after one of warm-up")
-    add("--output", type=Path, default=RESULTS / "scheduler_cost/result.json", help="result file")
+    output_argument(parser, "scheduler_cost/result.json")
     args = parser.parse_args(argv)
     if args.steps % args.block_size:
         parser.error("--steps: a multiple of --block-size is needed, so that whole rows are counted")

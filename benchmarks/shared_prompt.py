@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .lib.common import RESULTS, command, command_line, machine, progress, run_command, write_json
+from .lib.common import command, command_line, machine, output_argument, progress, run_command, write_json
 from .lib.engines import Load, Times, engine_flags, run_in_turn, start_engines
 from .lib.shapes import SHAPES, four_systems, positions, routed_layers, settle_routed
 
@@ -43,8 +43,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--block-size", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--eager", action="store_true", help="no compilation (default: what vLLM does by default)")
-    output = RESULTS / "shared_prompt/result.json"
-    parser.add_argument("--output", type=Path, default=output, help="default: %(default)s")
+    output_argument(parser, "shared_prompt/result.json")
     args = parser.parse_args(argv)
     settle_routed(parser, args)
     if (longest := args.system + args.own + args.output_len) > positions(args.shape):

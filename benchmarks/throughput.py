@@ -37,11 +37,11 @@ from pathlib import Path
 from typing import Any
 
 from .lib.common import (
-    RESULTS,
     command,
     command_line,
     machine,
     markdown_table,
+    output_argument,
     progress,
     routed_config,
     run_command,
@@ -93,7 +93,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--eager", action="store_true", help="no compilation (default: what vLLM does by default)")
     parser.add_argument("--alone", action="store_true", help="one engine at a time")
-    parser.add_argument("--output", type=Path, default=RESULTS / "throughput/result.json", help="default: %(default)s")
+    output_argument(parser, "throughput/result.json")
     args = parser.parse_args(argv)
     settle_routed(parser, args)
     if bool(args.sweep) != bool(args.values):

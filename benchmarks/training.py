@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import Any
 
 from .lib.common import (
-    RESULTS,
     command,
     command_line,
     llama_config,
     machine,
     markdown_table,
+    output_argument,
     progress,
     run_command,
     write_json,
@@ -56,7 +56,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="steps per repeat (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in the backward")
-    parser.add_argument("--output", type=Path, default=RESULTS / "training/cpu.json", help="default: %(default)s")
+    output_argument(parser, "training/cpu.json")
     args = parser.parse_args()
     total = SHAPES[args.shape]["num_hidden_layers"]
     args.routed = total // 2 if args.routed is None else args.routed

@@ -67,6 +67,20 @@ def command_line(name: str, doc: str | None) -> argparse.ArgumentParser:
     )
 
 
+def result_file(text: str) -> Path:
+    """An argument's type: the file that a result goes into. Refused before the work where it cannot be written."""
+    path = Path(text)
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not there.is_dir() or not os.access(path if path.exists() else there, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path}: no file can be written there")
+    return path
+
+
+def output_argument(parser: argparse.ArgumentParser, default: str) -> None:
+    """`--output`; default: below `RESULTS`."""
+    parser.add_argument("--output", type=result_file, default=RESULTS / default, help="default: %(default)s")
+
+
 def llama_config(directory: Path, **overrides: Any) -> Path:
     """A directory with the `config.json` of a small Llama, for `load_format="dummy"`; no weights, no tokenizer."""
     return _write_config(directory, SMALL_LLAMA | overrides)

@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic, and the scheduler's cost with a handful of requests."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ import pytest
 
 from benchmarks import kv_capacity, page_order, scaling, scheduler_cost, throughput
 from benchmarks.lib import engines, shapes
-from benchmarks.lib.common import isolated, llama_config, machine, markdown_table, routed_config
+from benchmarks.lib.common import isolated, llama_config, machine, markdown_table, result_file, routed_config
+
+BENCHMARKS = Path(scaling.__file__).parent
 
 
 @pytest.mark.parametrize("num_layers", [4, 8, 16, 28, 32, 80])
@@ -161,3 +164,21 @@ def test_a_cutoff_between_scores() -> None:
     for skipped in range(5):
         cutoff = engines._between(scores, skipped)
         assert sum(s < cutoff for s in scores) == skipped
+
+
+def test_where_a_result_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert result_file(str(tmp_path / "new" / "folder" / "r.json")) == tmp_path / "new/folder/r.json"
+    assert result_file(str(tmp_path / "file")) and result_file("r.json") == Path("r.json")
+    for bad in (tmp_path, tmp_path / "file" / "r.json"):
+        with pytest.raises(argparse.ArgumentTypeError, match="no file can be written there"):
+            result_file(str(bad))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("[a-z]*.py")))
+def test_every_benchmark_looks_where_its_result_goes_before_the_work(name: str) -> None:
+    source = (BENCHMARKS / f"{name}.py").read_text()
+    assert (
+        "output_argument(parser" in source or "type=result_file" in source or name == "redundant"
+    )  # that writes a model
+    assert f'run_command(main, "{name}"' in source, "what is wrong is one line"
