@@ -32,7 +32,17 @@ from router_tuning.states import newest_whole
 from vllm_mod.checkpoint import read_json
 from vllm_mod.config import ConfigError, default_layers
 
-from .lib.common import RESULTS, command, command_line, machine, progress, result_file, run_command, write_json
+from .lib.common import (
+    RESULTS,
+    command,
+    command_line,
+    fraction,
+    machine,
+    progress,
+    result_file,
+    run_command,
+    write_json,
+)
 
 GROUPS = ("main", "oracle", "layers", "depth", "samples", "data", "module")
 
@@ -135,7 +145,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--bf16", action="store_true", help="train in bf16; evaluation is in float32 always")
     add("--max-length", type=int, default=256, help="tokens of a sample (default: %(default)s)")
     add("--redundant-layers", type=int, nargs="+", default=[1, 3, 4], help="routed in group `layers`")
-    add("--fraction", type=float, default=0.02, help="held-out part of a source (default: %(default)s)")
+    add("--fraction", type=fraction, default=0.02, help="held-out part of a source (default: %(default)s)")
     add("--held-out", type=int, default=400, help="held-out samples in all (default: %(default)s)")
     add("--calibration", type=int, default=32, help="training samples that static drops are chosen on")
     add("--oracle-samples", type=int, default=100, help="held-out samples of group `oracle` (default: %(default)s)")

@@ -25,6 +25,7 @@ from vllm_mod.checkpoint import read_json, read_mod_config
 from .lib.common import (
     IN_PROCESS,
     command,
+    fraction,
     isolated,
     machine,
     markdown_table,
@@ -45,7 +46,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", nargs="+", help="as for train")
     parser.add_argument("--train-samples", type=int, default=1920, help="default: %(default)s")
     parser.add_argument("--max-length", type=int, default=256, help="tokens of a sample (default: %(default)s)")
-    parser.add_argument("--eval-fraction", type=float, default=0.1, help="default: %(default)s")
+    parser.add_argument("--eval-fraction", type=fraction, default=0.1, help="default: %(default)s")
     parser.add_argument(
         "--held-out", type=int, default=1600, help="samples, half to calibrate on (default: %(default)s)"
     )

@@ -24,7 +24,7 @@ from router_tuning.model import decoder_layers, load_base
 from router_tuning.tokenizer import load_tokenizer
 from vllm_mod.config import ConfigError, default_layers
 
-from .lib.common import command_line, progress, run_command
+from .lib.common import command_line, fraction, progress, run_command
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -39,7 +39,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=16, help="samples per step (default: %(default)s)")
     add("--max-length", type=int, default=128, help="tokens of a sample (default: %(default)s)")
     add("--learning-rate", type=float, default=1e-3, help="at its highest, cosine decay (default: %(default)s)")
-    add("--fraction", type=float, default=0.02, help="held-out part of a file (default: %(default)s)")
+    add("--fraction", type=fraction, default=0.02, help="held-out part of a file (default: %(default)s)")
     add("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args(argv)
     if not args.model.is_dir():

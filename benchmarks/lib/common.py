@@ -76,6 +76,14 @@ def result_file(text: str) -> Path:
     return path
 
 
+def fraction(text: str) -> float:
+    """An argument's type: of a whole. 1 is all of it; so 7 is no percentage."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: a number above 0, up to 1, is needed")
+    return value
+
+
 def output_argument(parser: argparse.ArgumentParser, default: str) -> None:
     """`--output`; default: below `RESULTS`."""
     parser.add_argument("--output", type=result_file, default=RESULTS / default, help="default: %(default)s")

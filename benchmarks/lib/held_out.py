@@ -10,13 +10,13 @@ from typing import Any
 from vllm_mod.checkpoint import BaseShape, is_router_only, read_json, read_mod_config
 from vllm_mod.config import ConfigError
 
-from .common import progress
+from .common import fraction, progress
 
 
 def held_out_arguments(parser: argparse.ArgumentParser, samples: int = 200) -> None:
     """What `held_out` reads, but for `--model` and `--data`."""
     add = parser.add_argument
-    add("--fraction", type=float, default=0.02, help="held-out part of a file (default: %(default)s)")
+    add("--fraction", type=fraction, default=0.02, help="held-out part of a file, 1: all of it (default: %(default)s)")
     add("--samples", type=int, default=samples, help="held-out samples (default: %(default)s)")
     add("--max-length", type=int, default=512, help="tokens of a held-out sample (default: %(default)s)")
 

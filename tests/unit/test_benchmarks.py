@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import kv_capacity, page_order, scaling, scheduler_cost, throughput
 from benchmarks.lib import engines, shapes
-from benchmarks.lib.common import isolated, llama_config, machine, markdown_table, result_file, routed_config
+from benchmarks.lib.common import fraction, isolated, llama_config, machine, markdown_table, result_file, routed_config
 
 BENCHMARKS = Path(scaling.__file__).parent
 
@@ -182,3 +182,11 @@ def test_every_benchmark_looks_where_its_result_goes_before_the_work(name: str) 
         "output_argument(parser" in source or "type=result_file" in source or name == "redundant"
     )  # that writes a model
     assert f'run_command(main, "{name}"' in source, "what is wrong is one line"
+
+
+@pytest.mark.parametrize("text", ["0", "-0.1", "7", "1.01", "nan"])
+def test_what_is_no_fraction(text: str) -> None:
+    """Seven per cent that were written so held out all rows, those of training, too."""
+    assert fraction("1") == 1 and fraction("0.02") == 0.02
+    with pytest.raises(argparse.ArgumentTypeError, match="above 0, up to 1"):
+        fraction(text)
