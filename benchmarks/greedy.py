@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoints = {"routed": args.checkpoint} | names_of(args.others, ("dense", "routed"))
     for checkpoint in checkpoints.values():
         check_checkpoint(checkpoint, args.model)
-    prompts = [sample["input_ids"][: sample["prompt_len"]] for sample in held_out(args)]
+    prompts = [sample["input_ids"][: sample["prompt_len"]] for sample in held_out(args, checkpoints.values())]
     systems = {"dense": args.model} | checkpoints
     answers = {}
     for name, path in systems.items():

@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for checkpoint in (args.checkpoint, *others.values()):
         check_checkpoint(checkpoint, args.model)
     config = read_mod_config(args.checkpoint)
-    samples = held_out(args)
+    samples = held_out(args, [args.checkpoint, *others.values()])
     systems: dict[str, tuple[Path, ModConfig | None]] = {
         "dense": (args.model, dense_config(args.model)),
         "routed": (args.checkpoint, None),

@@ -30,7 +30,7 @@ class Perplexities:
 
     def __init__(self, args: argparse.Namespace, config: ModConfig) -> None:
         self.base, self.checkpoint, self.config = args.model, args.checkpoint, config
-        self.samples = held_out(args)
+        self.samples = held_out(args, [args.checkpoint])
         self._args = args
 
     def order(self) -> list[int]:

@@ -21,17 +21,45 @@ def held_out_arguments(parser: argparse.ArgumentParser, samples: int = 200) -> N
     add("--max-length", type=int, default=512, help="tokens of a held-out sample (default: %(default)s)")
 
 
-def held_out(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Tokenised samples, two or more. Raises ConfigError."""
+def held_out(args: argparse.Namespace, checkpoints: Iterable[Path]) -> list[dict[str, Any]]:
+    """Tokenised samples, two or more, of requests that none of the checkpoints was fitted on. Raises ConfigError."""
     from router_tuning.data import read_sources, split_tail, tokenize
+    from router_tuning.patch_record import fitted_on
+    from router_tuning.seen import prompt_digest
     from router_tuning.tokenizer import load_tokenizer
 
+    seen: set[str] = set()
+    for checkpoint in checkpoints:
+        _check_trained(checkpoint, args)
+        prompts = fitted_on(checkpoint)
+        if not prompts and read_mod_config(checkpoint).patch is not None:
+            progress(f"{checkpoint}: made by an older version, so that what it was fitted on may be held out here")
+        seen |= prompts
     rows = split_tail(read_sources(args.data), args.fraction)[1]
-    samples, counts = tokenize(rows, load_tokenizer(args.model), args.max_length, args.samples)
+    # Each digest may take more than one away, of rows that ask the same.
+    found, counts = tokenize(rows, load_tokenizer(args.model), args.max_length, None if seen else args.samples)
     progress(f"held-out data: {counts}")
+    samples = [sample for sample in found if prompt_digest(sample) not in seen]
+    if len(samples) < len(found):
+        progress(f"left out: {len(found) - len(samples)} that a checkpoint was fitted on")
     if len(samples) < 2:  # no error could be told
         raise ConfigError(f"--data: {len(samples)} usable held-out samples; give more data, or --fraction, --samples")
-    return list(samples)
+    return samples[: args.samples]
+
+
+def _check_trained(checkpoint: Path, args: argparse.Namespace) -> None:
+    """Raise ConfigError if routers were trained on what is to be held out: of too many rows to be named one by one."""
+    from router_tuning.records import ARGUMENTS_FILE, read_arguments
+
+    trained = read_arguments(checkpoint)
+    if trained is None or trained.eval_fraction is None or args.fraction <= trained.eval_fraction:
+        return
+    files = {Path(name).name for name in trained.data or ()}
+    if same := [name for name in args.data if Path(name).name in files]:
+        raise ConfigError(
+            f"--fraction {args.fraction:g}: {checkpoint} was trained on all of {same[0]} but its last "
+            f"{trained.eval_fraction:g} ({ARGUMENTS_FILE}); name no more than that, or other data"
+        )
 
 
 def names_of(others: Iterable[Path], taken: Iterable[str]) -> dict[str, Path]:

@@ -10,6 +10,10 @@ import pytest
 
 from benchmarks import greedy, heldout
 from benchmarks.lib.engine_kept import engine_kept
+from benchmarks.lib.held_out import held_out
+from router_tuning.data import read_sources, tokenize
+from router_tuning.seen import prompt_digests
+from router_tuning.tokenizer import load_tokenizer
 from tests.support.models import edit_json, routed_checkpoint
 from tests.unit.training.helpers import make_llama, make_tokenizer
 from vllm_mod.config import ConfigError
@@ -138,3 +142,52 @@ def test_refused_before_the_work(
     for words, model, said in cases:
         with pytest.raises(ConfigError, match=said):
             command([*map(str, words), "--model", str(model), "--data", str(data)])
+
+
+def seen(data: Path, base: Path, checkpoint: Path, answers: range) -> None:
+    """Let the record of `checkpoint` say that it was fitted on these rows."""
+    rows = read_sources([str(data)])[str(data)]
+    prompts = prompt_digests(tokenize([rows[i] for i in answers], load_tokenizer(base), 128)[0])
+    record = {"samples": len(answers), "rank": 1, "layers": {}, "prompts": prompts}
+    (checkpoint / "patches.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("command", ["heldout", "greedy"])
+def test_requests_that_a_checkpoint_was_fitted_on_are_left_out(
+    command: str, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were not, and one of six held-out requests of a committed result was one of those."""
+    routed = routed_checkpoint(base, tmp_path / "mod", "attn_sequence", [1, 2])
+    static = routed_checkpoint(base, tmp_path / "drop", "attn_static", [1])
+    seen(data, base, routed, range(5))  # the last of them is the first held out
+    seen(data, base, static, range(6, 7))
+    asked: list[int] = []
+
+    def engine(function: object, path: Path, prompts: list[list[int]], *more: int, **environment: str) -> object:
+        asked.append(len(prompts))
+        return [[1, 2, 3]] * len(prompts) if command == "greedy" else {"total": 0.5, "layers": {}}
+
+    module, output = {"heldout": heldout, "greedy": greedy}[command], tmp_path / "result.json"
+    monkeypatch.setattr(module, "isolated", engine)
+    flags = ["--model", str(base), "--data", str(data), "--fraction", "0.5", "--output", str(output)]
+    module.main([str(routed), "--others", str(static), *flags])
+    assert set(asked) == {2}  # 5 and 7 are left of 4 to 7
+    asked.clear()
+    module.main([str(routed), *flags])
+    assert set(asked) == {3}
+
+
+def test_what_routers_were_trained_on_cannot_be_held_out(base: Path, routed: Path, data: Path, tmp_path: Path) -> None:
+    trained = routed_checkpoint(base, tmp_path / "mod", "attn_sequence", [1, 2])
+    record = {"seed": 0, "learning_rate": 0.1, "per_device_train_batch_size": 8, "data": ["old/rows.jsonl"]}
+    (trained / "training_args.json").write_text(json.dumps(record | {"eval_fraction": 0.25}))
+    flags = [str(routed), "--model", str(base), "--data", str(data), "--others", str(trained), "--fraction"]
+    with pytest.raises(
+        ConfigError, match=r"--fraction 0\.5: .*mod was trained on all of .*rows\.jsonl but its last 0\.25"
+    ):
+        heldout.main([*flags, "0.5"])
+    args = heldout.arguments([*flags, "0.25"])
+    assert len(held_out(args, [trained])) == 2
+    edit_json(trained / "training_args.json", data=["other.jsonl"])
+    args = heldout.arguments([*flags, "0.5"])
+    assert len(held_out(args, [trained])) == 4

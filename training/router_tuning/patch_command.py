@@ -27,7 +27,7 @@ from .export import shape_of
 from .interrupt import deferred
 from .loading import base_of, checkpoint_config, load_routed
 from .lora import ADAPTER_DIR
-from .patch_record import PatchRecord
+from .patch_record import PatchRecord, fitted_on
 from .patches import check_rank, collate, with_patch
 from .patching import beside, make_patches, unfinished
 from .plot import PLOT_FILE
@@ -66,6 +66,7 @@ def patch(args: PatchArguments, command: str) -> tuple[PatchRecord, Path]:
     file = unfinished(path, model, samples, args.rank, args, args.batch_size)
     with file.named_on_interrupt():
         record = make_patches(model, samples, batches, args.rank, args, place, command, counts.to_dict(), file)
+        record = record.also_fitted_on(fitted_on(directory))  # which its routers may have been, and stay
         config = with_patch(stored, args.rank)
         patches = {layer: patch.tensors() for layer, patch in routing_of(model).patches.items()}
         with deferred():

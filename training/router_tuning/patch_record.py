@@ -1,9 +1,9 @@
-"""`patches.json`: how a checkpoint's patches were fitted. Read by the model card alone."""
+"""`patches.json`: how a checkpoint's patches were fitted. Read by the model card, and by evaluations (`seen`)."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from vllm_mod.config import ModConfig, Strict
 from vllm_mod.files import read_json, replace_json
 
 from .ridge import Fitted
+from .seen import prompt_digests
 
 PATCHES_FILE = "patches.json"
 
@@ -42,6 +43,9 @@ class PatchRecord(Strict):
     rank: int = Field(ge=0)
     layers: dict[str, LayerRecord]
     distilled: Distilled | None = Field(None, description="null: patches are as fitted")
+    prompts: list[str] = Field(
+        default_factory=list, description="what routers and patches were fitted on, see `seen.prompt_digest`"
+    )
 
     @classmethod
     def of(
@@ -50,18 +54,22 @@ class PatchRecord(Strict):
         rank: int,
         command: str,
         data: list[str],
-        samples: int,
+        samples: Sequence[Mapping[str, Any]],
         rows: dict[str, Any],
         distilled: Distilled | None = None,
     ) -> PatchRecord:
-        """rows: what `Counts.to_dict` says of the data."""
+        """samples: what it was fitted on; rows: what `Counts.to_dict` says of the data."""
         layers = {
             str(layer): LayerRecord(tokens=found.tokens, ridge=found.ridge, explained=found.explained)
             for layer, found in fitted.items()
         }
         return cls(
-            command=command, data=list(data), samples=samples, rows=rows, rank=rank, layers=layers, distilled=distilled
-        )
+            command=command, data=list(data), samples=len(samples), rows=rows, rank=rank, layers=layers,
+            distilled=distilled, prompts=prompt_digests(samples),
+        )  # fmt: skip
+
+    def also_fitted_on(self, prompts: Iterable[str]) -> PatchRecord:
+        return self.model_copy(update={"prompts": sorted({*self.prompts, *prompts})})
 
     def to_text(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
@@ -77,6 +85,12 @@ class PatchRecord(Strict):
         if self.distilled is not None:
             nats = f"{self.distilled.before:.4f} as fitted, {self.distilled.after:.4f} distilled"
             print(f"KL to the dense model on held-out answers: {nats}")
+
+
+def fitted_on(directory: Path) -> frozenset[str]:
+    """Digests of the prompts that a checkpoint's record names; empty where it has none, or is an older one."""
+    path = directory / PATCHES_FILE
+    return frozenset(PatchRecord.parse(read_json(path), str(path)).prompts) if path.is_file() else frozenset()
 
 
 def section(directory: Path, config: ModConfig) -> str:

@@ -44,7 +44,7 @@ def make_patches(
     fitted = fit_patches(model, batches, rank, place, file=file)
     some = samples[: args.distilled_samples]
     nearer = distill(model, some, place, args.distilled_passes, file=file) if some else None
-    return PatchRecord.of(fitted, rank, command, args.data, len(samples), rows, nearer)
+    return PatchRecord.of(fitted, rank, command, args.data, samples, rows, nearer)
 
 
 def unfinished(

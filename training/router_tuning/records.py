@@ -36,6 +36,8 @@ class Arguments(Strict):
     lora_learning_rate: float | None = None
     lora_target_modules: list[str] | None = None
     lora_layers: list[str] | None = None
+    data: list[str] | None = None
+    eval_fraction: float | None = None
 
 
 class Controller(Strict):

@@ -229,7 +229,7 @@ def _patch_record(
     trainer: RouterTrainer, args: RouterArguments, parts: Parts, rank: int, fitted: Mapping[int, Fitted]
 ) -> PatchRecord:
     command = parts.records["train_command.txt"].splitlines()[0]
-    samples = len(_patch_samples(args, trainer.train_dataset))
+    samples = _patch_samples(args, trainer.train_dataset)
     return PatchRecord.of(fitted, rank, command, args.data, samples, parts.data["training"])
 
 
