@@ -4,6 +4,7 @@ costs in nats per answer token, routed and by the static drops that it was compa
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections import Counter
@@ -18,6 +19,7 @@ from .lib.common import command_line, markdown_table, progress, result_file, run
 
 #: What systems without patches lose is of another scale.
 _DRAWN = {"routed": "C0", "static": "C3", "random": "C7", "paper": "C2"}
+_BY: dict[str, dict[str, Any]] = {"token": {}, "request": {"linestyle": "none", "markerfacecolor": "white"}}
 _UNITS = {"attn": "attentions", "mlp": "MLPs", "block": "layers"}
 
 
@@ -73,12 +75,14 @@ def draw(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         for below, (value, error, title) in enumerate(
             (("nats", "error", "nats above dense, held-out answers"), ("kl", "kl_error", "KL to dense (nats)"))
         ):
-            for name, colour in _DRAWN.items():
-                line = sorted((row for row in rows if _kind(row) == name), key=_skipped)
+            # Those of older versions, by request, are on no line with the others.
+            for (name, colour), (by, style) in itertools.product(_DRAWN.items(), _BY.items()):
+                line = sorted((row for row in rows if (_kind(row), row["by"]) == (name, by)), key=_skipped)
                 if not line:
                     continue
                 x, y, e = ([row[key] for row in line] for key in ("skipped", value, error))
-                axes[below][column].errorbar(x, y, e, marker="o", capsize=3, color=colour, label=name)
+                label = name if by == "token" else f"{name}, by {by}"
+                axes[below][column].errorbar(x, y, e, marker="o", capsize=3, color=colour, label=label, **style)
             axes[below][column].set(xlabel=f"{unit} skipped", ylabel=title)
             axes[below][column].grid(alpha=0.3)
             axes[below][column].legend(fontsize="small")
@@ -130,8 +134,8 @@ def main() -> None:
         "Command, machine and versions are in the results.\n\n"
         f"{table(records)}\n\n"
         "± is the standard error over requests, of the paired difference where two systems are compared. The picture "
-        "has those with patches, and the window that most have. Skipped by request may be more than by token, where "
-        "short answers skip more.\n\n"
+        "has those with patches, and the window that most have. Skipped by request, as in results of older "
+        "versions (hollow marks), may be more than by token, where short answers skip more.\n\n"
         f"![nats and KL against what is skipped]({picture.name})\n"
     )
     progress(f"written: {args.output}, {picture}")
