@@ -7,10 +7,16 @@ from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from typing import Any
 
+#: Tokens that tell a text without a prompt from others, however much of it is taken.
+_OPENING = 64
+
 
 def prompt_digest(sample: Mapping[str, Any]) -> str:
     """Of a sample as `tokenize` gives it: the same whatever answer follows, and wherever that is cut."""
-    return blake2b(array("q", sample["input_ids"][: sample["prompt_len"]]).tobytes(), digest_size=6).hexdigest()
+    ids, length = sample["input_ids"], sample["prompt_len"]
+    if length == len(ids):  # plain text
+        length = min(length, _OPENING)
+    return blake2b(array("q", ids[:length]).tobytes(), digest_size=6).hexdigest()
 
 
 def prompt_digests(samples: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -48,6 +48,8 @@ def test_a_prompt_is_known_whatever_follows_it() -> None:
     for ids, length in others:
         assert prompt_digest({"input_ids": ids, "prompt_len": length}) != prompt_digest(sample)
     assert len(prompt_digests([sample, sample])) == 1
+    texts = [prompt_digest({"input_ids": list(range(n)), "prompt_len": n}) for n in (100, 200, 80)]
+    assert len(set(texts)) == 1
 
 
 def test_patch_adds_to_what_was_seen_before(checkpoint: Path, base_dir: Path, first: Path, tmp_path: Path) -> None:
