@@ -127,11 +127,11 @@ def in_the_engine(args: argparse.Namespace, checkpoint: Path, file: Path) -> dic
     from router_tuning.tokenizer import load_tokenizer
 
     from .lib.engine_kept import engine_kept
+    from .lib.held_out import prompts_of
 
     rows = read_sources([str(file)])[str(file)]
     samples, _ = tokenize(rows, load_tokenizer(checkpoint), args.max_length)
-    prompts = [s["input_ids"][: s["prompt_len"]] for s in samples]
-    return isolated(engine_kept, checkpoint, prompts, **IN_PROCESS)
+    return isolated(engine_kept, checkpoint, prompts_of(samples), **IN_PROCESS)
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

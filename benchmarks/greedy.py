@@ -35,7 +35,7 @@ from .lib.common import (
     write_json,
 )
 from .lib.errors import above, mean_and_error
-from .lib.held_out import check_checkpoint, held_out, held_out_arguments, names_of
+from .lib.held_out import check_checkpoint, held_out, held_out_arguments, names_of, prompts_of
 
 Answers = Sequence[Sequence[int]]
 
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoints = {"routed": args.checkpoint} | names_of(args.others, ("dense", "routed"))
     for checkpoint in checkpoints.values():
         check_checkpoint(checkpoint, args.model)
-    prompts = [sample["input_ids"][: sample["prompt_len"]] for sample in held_out(args, checkpoints.values())]
+    prompts = prompts_of(held_out(args, checkpoints.values()))
     systems = {"dense": args.model} | checkpoints
     answers = {}
     for name, path in systems.items():

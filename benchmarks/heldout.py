@@ -37,7 +37,7 @@ from .lib.common import (
     write_json,
 )
 from .lib.engine_kept import engine_kept
-from .lib.held_out import check_checkpoint, held_out, held_out_arguments, names_of
+from .lib.held_out import check_checkpoint, held_out, held_out_arguments, names_of, prompts_of
 from .lib.perplexity import Answers, compare, dense_config, load_system, perplexity, perplexity_ratio
 
 if TYPE_CHECKING:
@@ -106,10 +106,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     keep_freed_memory()
     args.model = local_model(args.model)
-    others = names_of(args.others, ("dense", "routed", "static"))
-    for checkpoint in (args.checkpoint, *others.values()):
-        check_checkpoint(checkpoint, args.model)
-    config = read_mod_config(args.checkpoint)
+    others = names_of(args.others, ("dense", "routed", *(("static",) if args.static_layers else ())))
+    config = check_checkpoint(args.checkpoint, args.model)
+    for other in others.values():
+        check_checkpoint(other, args.model)
     samples = held_out(args, [args.checkpoint, *others.values()])
     systems: dict[str, tuple[Path, ModConfig | None]] = {
         "dense": (args.model, dense_config(args.model)),
@@ -140,8 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     per_sample = {name: {"loss": _rounded(f.losses), "kl": _rounded(f.divergence)} for name, f in answers.items()}
     beside = args.output.with_suffix(".samples.json")  # so that runs over other samples can be added up
     beside.write_text(json.dumps({"answer_tokens": counts.int().tolist(), **per_sample}) + "\n")
-    prompts = [sample["input_ids"][: sample["prompt_len"]] for sample in samples[: len(counts)]]
-    if kept := kept_in_vllm(args.checkpoint, config, prompts):
+    if kept := kept_in_vllm(args.checkpoint, config, prompts_of(samples[: len(counts)])):
         result["kept_ratio"] = kept
         write_json(args.output, result)
     print(json.dumps({key: result[key] for key in ("quality", "kept_ratio")}))

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from router_tuning.hub import local_model
-from vllm_mod.checkpoint import read_json, read_mod_config, write_checkpoint
+from vllm_mod.checkpoint import read_json, write_checkpoint
 from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.evaluation import write_evaluation
 
@@ -93,11 +93,11 @@ def check(args: argparse.Namespace) -> ModConfig:
     for flag, path in directories.items():
         if path is not None and not path.is_dir():
             raise ConfigError(f"{flag}: {path} is not a directory")
-    config = read_mod_config(args.checkpoint)
+    config = check_checkpoint(args.checkpoint, args.model)
     if config.is_static:
         raise ConfigError(f"{args.checkpoint}: a static checkpoint decides nothing; give a routed one")
-    for checkpoint in filter(None, (args.checkpoint, args.static_checkpoint)):
-        check_checkpoint(checkpoint, args.model)
+    if args.static_checkpoint:
+        check_checkpoint(args.static_checkpoint, args.model)
     if unknown := [t for t in args.tasks if t not in TASKS]:
         raise ConfigError(f"--tasks: {unknown[0]!r} is not known; the paper's are {', '.join(TASKS)}")
     if args.limit is not None and args.limit < 1:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vllm_mod.checkpoint import BaseShape, is_router_only, read_json, read_mod_config
-from vllm_mod.config import ConfigError
+from vllm_mod.config import ConfigError, ModConfig
 
 from .common import fraction, progress
 
@@ -47,6 +48,11 @@ def held_out(args: argparse.Namespace, checkpoints: Iterable[Path]) -> list[dict
     return samples[: args.samples]
 
 
+def prompts_of(samples: Iterable[Mapping[str, Any]]) -> list[list[int]]:
+    """What serving would submit of samples as `tokenize` gives them."""
+    return [list(sample["input_ids"][: sample["prompt_len"]]) for sample in samples]
+
+
 def _check_trained(checkpoint: Path, args: argparse.Namespace) -> None:
     """Raise ConfigError if routers were trained on what is to be held out: of too many rows to be named one by one."""
     from router_tuning.records import ARGUMENTS_FILE, read_arguments
@@ -73,9 +79,9 @@ def names_of(others: Iterable[Path], taken: Iterable[str]) -> dict[str, Path]:
     return found
 
 
-def check_checkpoint(directory: Path, base: Path) -> None:
-    """Raise ConfigError unless `directory` is a whole routed or static checkpoint, and `base` a model of its shape."""
-    read_mod_config(directory)
+def check_checkpoint(directory: Path, base: Path) -> ModConfig:
+    """What a whole routed or static checkpoint of this base model routes. Raises ConfigError on anything else."""
+    config = read_mod_config(directory)
     if is_router_only(directory):
         raise ConfigError(
             f"{directory}: routers without their base model; join them: "
@@ -84,10 +90,9 @@ def check_checkpoint(directory: Path, base: Path) -> None:
     own, wanted = (read_json(path / "config.json") for path in (directory, base))
     if "mod_config" in wanted:
         raise ConfigError(f"--model {base}: a routed checkpoint; give its base model")
-    if _shape(own, directory) != _shape(wanted, base):
+    shape, of_base = (BaseShape.of(found, str(path)) for found, path in ((own, directory), (wanted, base)))
+    same = replace(shape, architecture=of_base.architecture) == of_base  # a routed one's has another name
+    if not same or own.get("vocab_size") != wanted.get("vocab_size"):
         raise ConfigError(f"{directory}: of another base model than --model {base}")
-
-
-def _shape(config: dict[str, Any], directory: Path) -> tuple[int, int, int, Any]:
-    shape = BaseShape.of(config, str(directory / "config.json"))
-    return shape.num_layers, shape.hidden_size, shape.num_experts, config.get("vocab_size")
+    config.check_fits(shape.num_layers, shape.num_experts, shape.dense_layers)
+    return config

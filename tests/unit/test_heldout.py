@@ -14,8 +14,9 @@ from benchmarks.lib.held_out import held_out
 from router_tuning.data import read_sources, tokenize
 from router_tuning.seen import prompt_digests
 from router_tuning.tokenizer import load_tokenizer
-from tests.support.models import edit_json, routed_checkpoint
+from tests.support.models import edit_json, random_routers, routed_checkpoint
 from tests.unit.training.helpers import make_llama, make_tokenizer
+from vllm_mod.checkpoint import read_mod_config, write_routers
 from vllm_mod.config import ConfigError
 
 
@@ -80,6 +81,19 @@ def test_the_engines_kept_ratio_and_ctrl_c_in_it(
     assert json.loads(output.read_text())["kept_ratio"] is None and json.loads(output.read_text())["quality"]
 
 
+def test_a_directory_may_be_called_static(
+    base: Path, routed: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless layers to drop are named, whose result is called so."""
+    monkeypatch.setattr(heldout, "isolated", lambda *args, **environment: None)
+    other = routed_checkpoint(base, tmp_path / "static", "attn_static", [1])
+    flags = [str(routed), "--model", str(base), "--data", str(data), "--fraction", "0.5", "--others", str(other)]
+    heldout.main([*flags, "--output", str(tmp_path / "result.json")])
+    assert "static" in json.loads((tmp_path / "result.json").read_text())["quality"]
+    with pytest.raises(ConfigError, match="static is taken"):
+        heldout.main([*flags, "--static-layers", "2", "--output", str(tmp_path / "result.json")])
+
+
 def test_a_static_drop_alone_asks_no_engine(
     base: Path, static: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,11 +134,10 @@ def test_refused_before_the_work(
         monkeypatch.setattr(module, "isolated", None)
     another = tmp_path / "another"
     make_llama(num_hidden_layers=6).save_pretrained(another)
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    for name in ("mod_config.json", "routers.safetensors"):
-        (alone / name).write_bytes((routed / "routers.safetensors").read_bytes())
-    (alone / "mod_config.json").write_text(json.dumps(json.loads((routed / "config.json").read_text())["mod_config"]))
+    config = read_mod_config(routed)
+    alone = write_routers(tmp_path / "alone", config, random_routers(config, 32))
+    misfit = routed_checkpoint(base, tmp_path / "misfit", "attn_sequence", [1])
+    edit_json(misfit / "config.json", mod_config=config.to_dict() | {"layers": [1, 9]})
     vocabulary = routed_checkpoint(base, tmp_path / "vocabulary", "attn_sequence", [1])
     edit_json(vocabulary / "config.json", vocab_size=64)
     cases: list[tuple[list[Path | str], Path, str]] = [
@@ -132,6 +145,7 @@ def test_refused_before_the_work(
         ([routed, "--others", static, tmp_path / "b/drop"], base, "--others: .*drop is taken"),
         ([alone], base, "router-tuning export --model .* --routers .*alone --output"),
         ([routed, "--others", alone], base, "router-tuning export"),
+        ([misfit], base, "layer 9 is out of range"),
         ([tmp_path / "nowhere"], base, "nowhere/config.json: no such file"),
         ([base], base, "this model routes nothing"),
         ([routed], another, "another base model than --model"),

@@ -72,21 +72,10 @@ def test_only_what_was_used_is_named(checkpoint: Path, base_dir: Path, first: Pa
 @pytest.mark.parametrize("command", ["fit", "export", "train"])
 def test_every_command_that_fits_names_it(base_dir: Path, first: Path, tmp_path: Path, command: str) -> None:
     flags = {
-        "fit": ["--patch-rank", "1", "--window", "4", "--distilled-samples", "0", "--eval-fraction", "0"],
-        "export": ["--drop-attention", "1", "--patch-rank", "1", "--distilled-samples", "0", "--eval-fraction", "0"],
-        "train": [
-            "--patch-rank",
-            "1",
-            "--window",
-            "4",
-            "--max-steps",
-            "1",
-            "--layers",
-            "1-2",
-            "--eval-fraction",
-            "0.1",
-        ],
-    }[command]
+        "fit": ["--window", "4", "--distilled-samples", "0", "--eval-fraction", "0"],
+        "export": ["--drop-attention", "1", "--distilled-samples", "0", "--eval-fraction", "0"],
+        "train": ["--window", "4", "--max-steps", "1", "--layers", "1-2", "--eval-fraction", "0.1"],
+    }[command] + ["--patch-rank", "1"]
     output = tmp_path / "made"
     assert main([command, "--model", str(base_dir), "--data", str(first), "--output", str(output), *flags]) == 0
     assert len(fitted_on(output)) == (27 if command == "train" else 30)
