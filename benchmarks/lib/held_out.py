@@ -26,7 +26,6 @@ def held_out(args: argparse.Namespace, checkpoints: Iterable[Path]) -> list[dict
     """Tokenised samples, two or more, of requests that none of the checkpoints was fitted on. Raises ConfigError."""
     from router_tuning.data import read_sources, split_tail, tokenize
     from router_tuning.patch_record import fitted_on
-    from router_tuning.seen import prompt_digest
     from router_tuning.tokenizer import load_tokenizer
 
     seen: set[str] = set()
@@ -40,7 +39,7 @@ def held_out(args: argparse.Namespace, checkpoints: Iterable[Path]) -> list[dict
     # Each digest may take more than one away, of rows that ask the same.
     found, counts = tokenize(rows, load_tokenizer(args.model), args.max_length, None if seen else args.samples)
     progress(f"held-out data: {counts}")
-    samples = [sample for sample in found if prompt_digest(sample) not in seen]
+    samples = [sample for sample in found if sample["asked"] not in seen]
     if len(samples) < len(found):
         progress(f"left out: {len(found) - len(samples)} that a checkpoint was fitted on")
     if len(samples) < 2:  # no error could be told

@@ -12,7 +12,6 @@ from benchmarks import greedy, heldout
 from benchmarks.lib.engine_kept import engine_kept
 from benchmarks.lib.held_out import held_out
 from router_tuning.data import read_sources, tokenize
-from router_tuning.seen import prompt_digests
 from router_tuning.tokenizer import load_tokenizer
 from tests.support.models import edit_json, random_routers, routed_checkpoint
 from tests.unit.training.helpers import make_llama, make_tokenizer
@@ -161,8 +160,8 @@ def test_refused_before_the_work(
 def seen(data: Path, base: Path, checkpoint: Path, answers: range) -> None:
     """Let the record of `checkpoint` say that it was fitted on these rows."""
     rows = read_sources([str(data)])[str(data)]
-    prompts = prompt_digests(tokenize([rows[i] for i in answers], load_tokenizer(base), 128)[0])
-    record = {"samples": len(answers), "rank": 1, "layers": {}, "prompts": prompts}
+    prompts = tokenize([rows[i] for i in answers], load_tokenizer(base), 128)[0]["asked"]
+    record = {"samples": len(answers), "rank": 1, "layers": {}, "prompts": list(prompts)}
     (checkpoint / "patches.json").write_text(json.dumps(record))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -167,17 +167,36 @@ def _message(message: Any, where: str) -> Message:
 def fingerprint(row: Any) -> bytes | None:
     """Equal for rows that say the same, whatever the white space and the form; None where nothing is said."""
     try:
-        found = read_row(row)
+        said = _said(read_row(row))
     except Unusable:
         return None
+    return _digest(said, 16) if said else None
+
+
+def prompt_digest(row: Any) -> str:
+    """Equal for rows that ask the same before their first answer (all of a row without a prompt), whatever the answer.
+
+    It does not depend on the tokenizer or the chat template, some of which put the day into every prompt.
+    """
+    found = read_row(row)
     if isinstance(found, Plain):
-        said: Any = [["assistant" if found.closed else "text", " ".join((found.prompt + found.answer).split())]]
-    else:
-        beside = {k: v for k, v in vars(found).items() if k in ("tools", "documents", "settings") and v}
-        said = [
-            [m["role"], " ".join(" ".join(m["content"]).split()), *_more(m)] for m in found.messages
-        ] + ([beside] if beside else [])  # fmt: skip
-    return blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).digest() if said else None
+        found = replace(found, answer="") if found.prompt else found
+    elif first := next(iter(answers(found)), 0):
+        found = replace(found, messages=found.messages[:first])
+    return _digest(_said(found), 6).hex()
+
+
+def _said(row: Plain | Chat) -> list[Any]:
+    if isinstance(row, Plain):
+        return [["assistant" if row.closed else "text", " ".join((row.prompt + row.answer).split())]]
+    beside = {k: v for k, v in vars(row).items() if k in ("tools", "documents", "settings") and v}
+    return [
+        [m["role"], " ".join(" ".join(m["content"]).split()), *_more(m)] for m in row.messages
+    ] + ([beside] if beside else [])  # fmt: skip
+
+
+def _digest(said: list[Any], size: int) -> bytes:
+    return blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=size).digest()
 
 
 def _more(message: Message) -> list[Any]:

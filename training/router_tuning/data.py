@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from vllm_mod.config import ConfigError
 
-from .chat import fingerprint
+from .chat import fingerprint, prompt_digest
 from .counts import Counts
 from .encode import Encoded, Encoder
 from .recipe import parse_recipe, read_recipe
@@ -139,7 +139,8 @@ def _take(rows: list[Any], number: int, seed: str) -> list[Any]:
 def tokenize(
     rows: Sequence[dict[str, Any]], tokenizer: Any, max_length: int, max_samples: int | None = None, seed: int = 0
 ) -> tuple[Dataset, Counts]:
-    """Rows -> dataset of `input_ids`, `labels` (IGNORED outside the answers) and `prompt_len`, with its counts.
+    """Rows -> dataset of `input_ids`, `labels` (IGNORED outside the answers), `prompt_len` and `asked` (what tells the
+    prompt from others, see `chat.prompt_digest`), with its counts.
 
     With `max_samples`, rows are taken in an order shuffled by `seed` until that many are usable.
     """
@@ -154,7 +155,7 @@ def tokenize(
             break
         counts.read += 1
         try:
-            samples.append(_sample(encode(rows[i]), max_length, counts))
+            samples.append(_sample(encode(rows[i]), max_length, counts) | {"asked": prompt_digest(rows[i])})
         except Unusable as reason:
             counts.leave_out(reason)
     return Dataset.from_list(samples), counts

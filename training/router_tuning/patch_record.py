@@ -1,4 +1,4 @@
-"""`patches.json`: how a checkpoint's patches were fitted. Read by the model card, and by evaluations (`seen`)."""
+"""`patches.json`: how a checkpoint's patches were fitted. Read by the model card, and by evaluations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from vllm_mod.config import ModConfig, Strict
 from vllm_mod.files import read_json, replace_json
 
 from .ridge import Fitted
-from .seen import prompt_digests
 
 PATCHES_FILE = "patches.json"
 
@@ -44,7 +43,7 @@ class PatchRecord(Strict):
     layers: dict[str, LayerRecord]
     distilled: Distilled | None = Field(None, description="null: patches are as fitted")
     prompts: list[str] = Field(
-        default_factory=list, description="what routers and patches were fitted on, see `seen.prompt_digest`"
+        default_factory=list, description="what routers and patches were fitted on, see `chat.prompt_digest`"
     )
 
     @classmethod
@@ -65,7 +64,7 @@ class PatchRecord(Strict):
         }
         return cls(
             command=command, data=list(data), samples=len(samples), rows=rows, rank=rank, layers=layers,
-            distilled=distilled, prompts=prompt_digests(samples),
+            distilled=distilled, prompts=sorted({sample["asked"] for sample in samples}),
         )  # fmt: skip
 
     def also_fitted_on(self, prompts: Iterable[str]) -> PatchRecord:

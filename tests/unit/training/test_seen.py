@@ -10,9 +10,9 @@ import pytest
 from router_tuning.cli import main
 from router_tuning.data import read_sources, tokenize
 from router_tuning.patch_record import fitted_on
-from router_tuning.seen import prompt_digest, prompt_digests
 from router_tuning.tokenizer import load_tokenizer
 from tests.support.models import edit_json, routed_checkpoint
+from tests.unit.training.helpers import CHAT, make_tokenizer
 
 
 def written(path: Path, numbers: range) -> Path:
@@ -23,7 +23,7 @@ def written(path: Path, numbers: range) -> Path:
 
 def digests(base: Path, data: Path) -> set[str]:
     rows = read_sources([str(data)])[str(data)]
-    return set(prompt_digests(tokenize(rows, load_tokenizer(base), 128)[0]))
+    return set(tokenize(rows, load_tokenizer(base), 128)[0]["asked"])
 
 
 @pytest.fixture
@@ -41,15 +41,39 @@ def patch(checkpoint: Path, data: Path, *more: str) -> None:
     assert main(["patch", str(checkpoint), "--data", str(data), *flags, *more]) == 0
 
 
+def asked(row: dict, length: int = 128, template: str | None = CHAT) -> str:
+    samples, counts = tokenize([row], make_tokenizer(template), length)
+    assert counts.used == 1
+    return samples[0]["asked"]
+
+
 def test_a_prompt_is_known_whatever_follows_it() -> None:
-    sample = {"input_ids": [5, 6, 7, 8, 9], "prompt_len": 3}
-    assert prompt_digest(sample) == prompt_digest({"input_ids": [5, 6, 7, 1], "prompt_len": 3})
-    others = [([5, 6, 7, 8, 9], 2), ([5, 6, 4, 8, 9], 3), ([5, 6, 7, 8, 9], 4), ([7, 6, 5, 8, 9], 3)]
-    for ids, length in others:
-        assert prompt_digest({"input_ids": ids, "prompt_len": length}) != prompt_digest(sample)
-    assert len(prompt_digests([sample, sample])) == 1
-    texts = [prompt_digest({"input_ids": list(range(n)), "prompt_len": n}) for n in (100, 200, 80)]
-    assert len(set(texts)) == 1
+    row = {"prompt": "one and two", "completion": "three"}
+    for same in (row, row | {"completion": "four, I think"}, {"prompt": " one  and two", "completion": "three"}):
+        assert asked(same) == asked(row)
+    assert asked(row, length=30) == asked(row)
+    long = {"messages": [{"role": "user", "content": "one and two"}, {"role": "assistant", "content": "a"},
+                         {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]}  # fmt: skip
+    assert asked(long) == asked(row)
+    others = [
+        row | {"prompt": "one and one"}, row | {"system": "be brief"}, {"text": "one and two"},
+        {"messages": [*long["messages"][:1], long["messages"][1] | {"weight": 0}, *long["messages"][2:]]},
+    ]  # fmt: skip
+    assert len({asked(other) for other in [row, *others]}) == 1 + len(others)
+
+
+def test_a_text_is_known_wherever_it_is_cut() -> None:
+    text = {"text": "a b c d e f " * 20}
+    assert asked(text, length=100) == asked(text, length=200) == asked(text, length=80)
+    assert asked({"text": text["text"] + "g"}) != asked(text)
+
+
+def test_a_template_that_names_the_day_changes_nothing() -> None:
+    """Tokens of the prompt were told apart, so that nothing was left out of an evaluation on another day."""
+    row = {"prompt": "one and two", "completion": "three"}
+    days = [f"Today is day {n}. {CHAT}" for n in (1, 2)]
+    ids = [tokenize([row], make_tokenizer(day), 128)[0][0]["input_ids"] for day in days]
+    assert ids[0] != ids[1] and asked(row, template=days[0]) == asked(row, template=days[1])
 
 
 def test_patch_adds_to_what_was_seen_before(checkpoint: Path, base_dir: Path, first: Path, tmp_path: Path) -> None:
