@@ -60,6 +60,11 @@ class FitArguments:
         default=False,
         metadata={"help": "every request skips the same layers, the cheapest: what routers are to be compared with"},
     )
+    compare_static: bool = field(
+        default=True,
+        metadata={"help": "make the patches of that drop, too, and write whichever is nearer to the dense model on "
+                  "held-out answers once patches are distilled; true or false; it takes as long as routers' patches"},
+    )  # fmt: skip
     measured_samples: int = field(default=128, metadata={"help": "samples whose costs are measured, of --max-samples"})
     costs: str | None = field(
         default=None,

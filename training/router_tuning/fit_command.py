@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
-import torch
-
 from vllm_mod.checkpoint import write_checkpoint
-from vllm_mod.config import ConfigError, ModConfig
+from vllm_mod.config import ConfigError
 from vllm_mod.granularity import POLICIES
 
 from . import card
@@ -21,13 +20,13 @@ from .fit_arguments import FitArguments
 from .flag_words import parse_window
 from .hub import local_model
 from .interrupt import deferred
-from .loading import fitting_dtype, on_best_device, stored_in_bf16
-from .model import attach_routers, load_base
+from .loading import fitting_dtype, on_best_device
+from .model import load_base
 from .patch_record import PATCHES_FILE
-from .patches import batch_size, check_rank, collate, with_patch
-from .patching import beside, make_patches
+from .patched_choice import Patching, nearest
+from .patches import check_rank
+from .patching import beside
 from .preflight import check_vocabulary, check_writable
-from .routing import routing_of
 from .selection import Measured, every_layer, measure, report
 from .unfinished import Unfinished
 
@@ -57,50 +56,49 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
             f"--skip {args.skip:g}: the model has {shape.num_layers} layers; a number above 0 and below that is needed"
         )
     dtype = fitting_dtype(base, args.bf16)
-    # Patches are served in the base's precision, so that more of theirs would be lost.
-    stored = torch.bfloat16 if stored_in_bf16(base) else torch.float32
     place = check_writable(Path(args.output), Path(args.output).absolute().parent)
     check_writable(_costs_path(args), _costs_path(args).absolute().parent)
     model = on_best_device(load_base(base, dtype).eval())
     belongs_to = fingerprint(model, samples, target, window, args.patch_rank)
     costs = CostsFile(_costs_path(args), belongs_to)
-    unfinished = Unfinished(beside(Path(args.output)), belongs_to | {"flags": _flags(args)})
-    with costs.named_on_interrupt(), unfinished.named_on_interrupt():
+    # Of the choice that was best, and of the static drop that is compared with it.
+    paths = [beside(Path(args.output)), beside(Path(f"{args.output}.static"))]
+    unfinished = [Unfinished(path, belongs_to | {"flags": _flags(args)}) for path in paths]
+    with contextlib.ExitStack() as interruptible:
+        for file in (costs, *unfinished):
+            interruptible.enter_context(file.named_on_interrupt())
         number, rank = args.measured_samples, args.patch_rank
         measured = measure(model, samples, shape, target, window, rank, place, number, file=costs)
         kept = _DEFAULT_KEPT if args.target_capacity is None else args.target_capacity
         found = choices(measured, args.static, named, args.skip, kept)
-        known = [choice for choice in found if str(choice) == unfinished.choice]
+        known = [choice for choice in found if str(choice) == unfinished[0].choice]
         choice = known[0] if known else best(model, samples, measured, found)
-        unfinished.choice = str(choice)
-        unfinished.write()
         del model
         report(measured.costs(), choice.layers)
-        config = _config(args, measured, choice, window)
+        _report_routers(measured, choice)
 
-        model = on_best_device(load_base(base, dtype).eval())
-        weights = {layer: choice.routers[layer].weight for layer in choice.layers}
-        attach_routers(model, config, weights)
-        # Patches are for requests that no router has seen, and that skip other layers than those it was fitted to.
-        scores = choice.scores(measured, len(samples))
-        samples = [dict(sample) | {"scores": scores[place]} for place, sample in enumerate(samples)]
-        batches = collate(samples, config, args.patch_rank, batch_size(model, samples), ", ".join(args.data))
         command = next(iter(records["train_command.txt"].splitlines()))
-        record = make_patches(
-            model, samples, batches, args.patch_rank, args, place, command, counts.to_dict(), unfinished
-        )
-        record.report()
+        patching = Patching(args, base, dtype, window, measured, samples, place, command, counts.to_dict())
+        made = [patching.of(choice, unfinished[0])]
+        made[0].record.report()
+        static = [other for other in found if other.share is None and other is not choice]
+        if args.compare_static and args.distilled_samples:
+            for other in static:
+                print(f"{other}, with patches made in the same way: layers {', '.join(map(str, other.layers))}")
+                made.append(patching.of(other, unfinished[1]))
+        taken = nearest(made)
         with deferred():
             output = write_checkpoint(
                 base,
                 args.output,
-                with_patch(config, args.patch_rank),
-                weights,
-                records | {PATCHES_FILE: record.to_text()},
-                patches={layer: patch.tensors(stored) for layer, patch in routing_of(model).patches.items()},
+                taken.config,
+                taken.weights,
+                records | {PATCHES_FILE: taken.record.to_text()},
+                patches=taken.patches,
             )
             card.write(output)
-            unfinished.remove()
+            for file in unfinished:
+                file.remove()
             if args.costs is None:
                 costs.remove()
     return output
@@ -130,8 +128,8 @@ def _checked(args: FitArguments) -> tuple[str, int]:
     return POLICIES[args.granularity].target, window
 
 
-def _config(args: FitArguments, measured: Measured, choice: Choice, window: int) -> ModConfig:
-    """With its cutoffs; says what the routers are worth."""
+def _report_routers(measured: Measured, choice: Choice) -> None:
+    """What they are worth."""
     found, places = [choice.routers[layer] for layer in choice.layers], [*map(measured.layers.index, choice.layers)]
     worth = saving(measured, found, places, choice.log_price)
     for layer, router in zip(choice.layers, found, strict=True):
@@ -141,9 +139,3 @@ def _config(args: FitArguments, measured: Measured, choice: Choice, window: int)
         f"nats per token skipped, layers by themselves: {worth.routed:.4f} routed, {worth.static:.4f} the same layers "
         f"for everyone, {worth.oracle:.4f} each request's best"
     )
-    settings = {
-        "version": 2, "granularity": args.granularity, "layers": choice.layers, "window": window,
-        "cutoff": [choice.log_price - router.offset for router in found],
-        "target_capacity": choice.kept, "base_model": args.model.rstrip("/"),
-    }  # fmt: skip
-    return ModConfig.parse(settings, "mod_config")

@@ -42,6 +42,10 @@ class PatchRecord(Strict):
     rank: int = Field(ge=0)
     layers: dict[str, LayerRecord]
     distilled: Distilled | None = Field(None, description="null: patches are as fitted")
+    compared: dict[str, float] = Field(
+        default_factory=dict,
+        description="KL as in `distilled.after` of each choice of what is skipped, in words, that was compared so",
+    )
     prompts: list[str] = Field(
         default_factory=list, description="what routers and patches were fitted on, see `chat.prompt_digest`"
     )
@@ -105,7 +109,7 @@ def section(directory: Path, config: ModConfig) -> str:
         ridge = "-" if found.ridge is None else f"{found.ridge:g}"
         lines.append(f"| {layer} | {found.explained:.3f} | {ridge} |")
     tokens = max(layer.tokens for layer in record.layers.values())
-    nearer = "" if record.distilled is None else f" {_nearer(record.distilled)}"
+    nearer = "" if record.distilled is None else f" {_nearer(record.distilled)}{_compared(record.compared)}"
     return (
         f"## Patches\n\nOf rank {record.rank}, fitted to what the sublayers would have added, on {record.samples} "
         f"samples ({tokens} tokens). Explained is the share of that output's variance.{nearer}\n\n"
@@ -119,3 +123,10 @@ def _nearer(found: Distilled) -> str:
         f"Then distilled on {found.samples} of them: KL to the dense model on held-out answers {found.before:.3f} nats "
         f"per token before, {found.after:.3f} after."
     )
+
+
+def _compared(nats: Mapping[str, float]) -> str:
+    """Empty where nothing was."""
+    if not nats:
+        return ""
+    return f" Of what was compared so: {', '.join(f'{after:.3f} ({name})' for name, after in nats.items())}."

@@ -54,6 +54,12 @@ class Unfinished(KeptFile):
             for layer, found in stored["fitted"].items()
         }
 
+    def begin(self, choice: str) -> None:
+        """Patches of this one will follow; of another one they are forgotten."""
+        if choice != self.choice:
+            self.choice, self.fitted, self.distillation = choice, {}, None
+        self.write()
+
     def write(self) -> None:
         """All of it, in one step. Raises ConfigError."""
         fitted = {layer: vars(found) | {"patch": dict(vars(found.patch))} for layer, found in self.fitted.items()}

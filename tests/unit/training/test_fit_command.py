@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from router_tuning import costs_file, fit_command, kept_file, selection
+from router_tuning import costs_file, kept_file, patched_choice, selection
 from router_tuning.cli import main
 from router_tuning.data import tokenize
 from router_tuning.loading import fitting_dtype
@@ -127,17 +127,17 @@ def test_patches_are_for_requests_that_no_router_has_seen(
     seen: dict[str, list[Any]] = {}
 
     def noted(name: str, place: int) -> None:
-        inner = getattr(fit_command, name)
+        inner = getattr(patched_choice, name)
 
         def instead(*args: Any) -> Any:
             seen[name] = [sample["scores"] for sample in args[place]]
             return inner(*args)
 
-        monkeypatch.setattr(fit_command, name, instead)
+        monkeypatch.setattr(patched_choice, name, instead)
 
     noted("collate", 0)
     noted("make_patches", 1)
-    more = ["--measured-samples", "24", "--max-samples", "30", "--distilled-samples", "30"]
+    more = ["--measured-samples", "24", "--max-samples", "30", "--distilled-samples", "30", "--compare-static", "false"]
     assert main(words(base, data, tmp_path / "c", *more)) == 0
     config = read_mod_config(tmp_path / "c")
     shares = [float(share) for share in re.findall(r"kept by (\S+) of the requests", capsys.readouterr().out)]

@@ -18,7 +18,8 @@ from tests.support.models import routed_checkpoint
 from tests.unit.training.test_fit_command import ROWS, base, data, words
 
 __all__ = ["base", "data"]  # fixtures
-MORE = ("--layers", "0-3", "--target-capacity", "0.4", "--distilled-passes", "3")
+BOTH = ("--layers", "0-3", "--target-capacity", "0.4", "--distilled-passes", "3")
+MORE = (*BOTH, "--compare-static", "false")
 #: Nine tenths of the samples, four at once, three times.
 STEPS = 3 * -(-(len(ROWS) - len(ROWS[::10])) // 4)
 
@@ -82,6 +83,36 @@ def test_it_goes_on(
     assert [len(found) for found in again] == [0, 2 if name == "_moments" else 0]
     assert len(steps) == STEPS - (int(said.split()[3]) if "steps" in said else 0)
     assert same(tmp_path / "c", whole) and [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "stop_at", "left"),
+    [
+        (patches, "_moments", 6, (2, 4, 2 * STEPS)),  # four are of the measurement
+        (distill._Steps, "take", STEPS - 1, (0, 4, STEPS + 1)),
+        (patches, "_moments", 10, (0, 2, STEPS)),
+        (distill._Steps, "take", STEPS + 3, (0, 0, STEPS - 3)),
+        (fit_command, "write_checkpoint", 0, (0, 0, 0)),
+    ],
+)
+def test_it_goes_on_with_the_static_drop_that_it_compares(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    where: Any, name: str, stop_at: int, left: tuple[int, int, int],
+) -> None:  # fmt: skip
+    """left: patches of the routers, of the drop, and steps of both, that the second run makes."""
+    assert main(words(base, data, tmp_path / "whole", *BOTH)) == 0
+    command = words(base, data, tmp_path / "c", *BOTH)
+    with monkeypatch.context() as patch:
+        calls(patch, where, name, stop_at)
+        assert main(command) == 130
+    both = left[1] < 4 or left[2] < STEPS
+    assert (tmp_path / "c.static.unfinished").is_file() == both
+    assert ("c.static.unfinished; the same command" in capsys.readouterr().err) == both
+    again = calls(monkeypatch, patches, "_moments"), calls(monkeypatch, distill._Steps, "take")
+    assert main(command) == 0
+    assert [len(found) for found in again] == [left[0] + left[1], left[2]]
+    assert same(tmp_path / "c", tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "whole"]
 
 
 def test_one_of_other_flags_is_begun_anew(

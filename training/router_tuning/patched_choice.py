@@ -1,0 +1,95 @@
+"""Choices of what is skipped, with patches made for them, and which of them is nearest to the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_mod.config import ModConfig
+
+from .choice import Choice
+from .fit_arguments import FitArguments
+from .loading import on_best_device, stored_in_bf16
+from .model import attach_routers, load_base
+from .patch_record import PatchRecord
+from .patches import batch_size, collate, with_patch
+from .patching import make_patches
+from .routing import routing_of
+from .selection import Measured
+from .unfinished import Unfinished
+
+
+@dataclass(frozen=True)
+class PatchedChoice:
+    """All that a checkpoint needs, beside its base."""
+
+    choice: Choice
+    config: ModConfig
+    #: per routed layer, as `write_checkpoint` takes them
+    weights: dict[int, Tensor]
+    patches: dict[int, Any]
+    record: PatchRecord
+
+
+@dataclass(frozen=True)
+class Patching:
+    """What all choices of one `fit` have in common."""
+
+    args: FitArguments
+    base: Path
+    #: in which patches are fitted
+    dtype: torch.dtype
+    window: int
+    measured: Measured
+    samples: Sequence[Mapping[str, Any]]
+    #: for hidden states
+    place: Path
+    #: what was typed, and what became of the rows of the data
+    command: str
+    rows: dict[str, Any]
+
+    def config(self, choice: Choice) -> ModConfig:
+        settings = {
+            "version": 2, "granularity": self.args.granularity, "layers": choice.layers, "window": self.window,
+            "cutoff": [choice.log_price - choice.routers[layer].offset for layer in choice.layers],
+            "target_capacity": choice.kept, "base_model": self.args.model.rstrip("/"),
+        }  # fmt: skip
+        return ModConfig.parse(settings, "mod_config")
+
+    def of(self, choice: Choice, file: Unfinished) -> PatchedChoice:
+        """file: what it has is not made again; the caller removes it once the patches are written."""
+        args, config = self.args, self.config(choice)
+        file.begin(str(choice))
+        model = on_best_device(load_base(self.base, self.dtype).eval())
+        weights = {layer: choice.routers[layer].weight for layer in choice.layers}
+        attach_routers(model, config, weights)
+        # Patches are for requests that no router has seen, and that skip other layers than those it was fitted to.
+        scores = choice.scores(self.measured, len(self.samples))
+        samples = [dict(sample) | {"scores": scores[number]} for number, sample in enumerate(self.samples)]
+        batches = collate(samples, config, args.patch_rank, batch_size(model, samples), ", ".join(args.data))
+        record = make_patches(model, samples, batches, args.patch_rank, args, self.place, self.command, self.rows, file)
+        # Patches are served in the base's precision, so that more of theirs would be lost.
+        stored = torch.bfloat16 if stored_in_bf16(self.base) else torch.float32
+        patches = {layer: patch.tensors(stored) for layer, patch in routing_of(model).patches.items()}
+        return PatchedChoice(choice, with_patch(config, args.patch_rank), weights, patches, record)
+
+
+def nearest(made: Sequence[PatchedChoice]) -> PatchedChoice:
+    """By the KL that distillation left on samples held out, which are the same for all; its record names all of them.
+
+    Choices are compared before they have patches, which do more for a static drop: all of a patch's tokens are skipped
+    alike there.
+    """
+    nats = {str(one.choice): one.record.distilled.after for one in made if one.record.distilled is not None}
+    if len(nats) < len(made) or len(made) == 1:
+        return made[0]
+    taken = min(made, key=lambda one: nats[str(one.choice)])
+    print(f"taken, of {', '.join(f'{after:.4f} ({name})' for name, after in nats.items())}: {taken.choice}")
+    if taken.choice.share is None:
+        print("no request skips other layers than the next one; --compare-static false keeps routers that let them")
+    return PatchedChoice(**vars(taken) | {"record": taken.record.model_copy(update={"compared": nats})})
