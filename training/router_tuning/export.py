@@ -31,7 +31,7 @@ from .hub import local_model, warn_of_strangers
 from .interrupt import deferred
 from .lora import ADAPTER_DIR
 from .patch_record import PATCHES_FILE
-from .records import ROUTER_RECORDS
+from .records import ARGUMENTS_FILE, ROUTER_RECORDS
 from .unfinished import Unfinished
 
 
@@ -103,8 +103,9 @@ def _parts(args: ExportArguments, base: Path, shape: BaseShape, command: str) ->
     if adapter.is_dir() and (missing := [name for name in ADAPTER_FILES if not (adapter / name).is_file()]):
         raise ConfigError(f"{adapter}: {missing[0]} is missing; the routers were trained with this adapter")
     read_calibration(directory, config)  # refuses another's
-    # Without the base nothing new is made: the command that made them is not this one.
-    names = (CALIBRATION_FILE, PATCHES_FILE, *(ROUTER_RECORDS if args.without_base else ()))
+    # Without the base nothing new is made: the command that made them is not this one. What they were trained on must
+    # not be held out, whatever they are joined with.
+    names = (CALIBRATION_FILE, PATCHES_FILE, *(ROUTER_RECORDS if args.without_base else (ARGUMENTS_FILE,)))
     return Parts(
         config,
         read_patches(directory, config, shape),

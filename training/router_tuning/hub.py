@@ -25,6 +25,7 @@ from vllm_mod.files import (
 from . import real_model
 from .lora import ADAPTER_DIR
 from .patch_record import PATCHES_FILE
+from .records import ROUTER_RECORDS
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ def local_model(name: str, routers: bool = False) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists():
         raise ConfigError(f"{name}: no such directory")
     adapter = [f"{ADAPTER_DIR}/{file}" for file in ADAPTER_FILES]
-    small = [CONFIG_FILE, ROUTER_CONFIG_FILE, CALIBRATION_FILE, PATCHES_FILE, *adapter] if routers else list(SIDE_FILES)
+    records = [CALIBRATION_FILE, PATCHES_FILE, *ROUTER_RECORDS]
+    small = [CONFIG_FILE, ROUTER_CONFIG_FILE, *records, *adapter] if routers else list(SIDE_FILES)
     snapshot = _fetch(name, [*small, INDEX_FILE])
     if not (snapshot / INDEX_FILE).is_file():
         weights = [WEIGHTS_FILE, *[ROUTERS_FILE] * routers]

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from router_tuning.cli import main
 from router_tuning.model import load_base, load_reference, reference_logits
+from router_tuning.records import read_arguments
 from tests.support.models import edit_json, random_routers
 from tests.unit.training.test_trainer import one_error, train
 from vllm_mod.checkpoint import read_mod_config, router_name, write_checkpoint, write_routers
@@ -228,16 +229,20 @@ def test_routers_alone_are_what_is_shared(base_dir, tmp_path, expected, capsys):
          "cutoff": [0.25, -0.5], "base_model": "some/base"}, "test",
     )  # fmt: skip
     patches = {layer: Patch(torch.randn(32), torch.randn(2, 32), torch.randn(32, 2)) for layer in (1, 2)}
-    records = {"train_command.txt": "router-tuning fit --data mine\n"}
+    arguments = {"seed": 3, "learning_rate": 0.1, "per_device_train_batch_size": 1, "data": ["x"], "eval_fraction": 0.1}
+    records = {"train_command.txt": "router-tuning train --data mine\n", "training_args.json": json.dumps(arguments)}
     write_checkpoint(base_dir, tmp_path / "full", config, ROUTERS, records, patches=patches)
     alone = ["--routers", str(tmp_path / "full"), "--without-base"]
     assert export(base_dir, tmp_path / "alone", *alone) == 0
     assert {path.name for path in (tmp_path / "alone").iterdir()} == {
-        "README.md", "mod_config.json", "routers.safetensors", "train_command.txt",
+        "README.md", "mod_config.json", "routers.safetensors", "train_command.txt", "training_args.json",
     }  # fmt: skip
     assert (tmp_path / "alone/train_command.txt").read_text() == records["train_command.txt"]
     assert read_mod_config(tmp_path / "alone") == config
     assert export(base_dir, tmp_path / "joined", "--routers", str(tmp_path / "alone")) == 0
+    assert "router-tuning export" in (tmp_path / "joined/train_command.txt").read_text()
+    trained = read_arguments(tmp_path / "joined")
+    assert trained is not None and (trained.data, trained.eval_fraction) == (["x"], 0.1)
     assert torch.equal(logits(tmp_path / "joined"), logits(tmp_path / "full"))
     assert not torch.equal(logits(tmp_path / "joined"), expected)
     capsys.readouterr()
