@@ -9,13 +9,18 @@ prompts with the base model, the checkpoint, and whatever it is to be compared w
 An answer ends at the end-of-sequence token, or after `--tokens`. Errors are over requests; `agreed_above_routed` and
 `repeating_above_dense` are means of paired differences. After the first difference two answers may both be right: this
 says how far a model was moved, not how good its answers are; but no answer that repeats itself is.
+
+`--temperature`, `--repetition-penalty`: how many loops are left as answers are served. Sampled ones are compared by
+these alone.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,24 +56,27 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
     held_out_arguments(parser, samples=100)
     parser.add_argument("--tokens", type=int, default=64, help="of an answer, at most (default: %(default)s)")
     parser.add_argument("--others", type=Path, nargs="*", default=[], help="further checkpoints of the same base")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default); above: sampled, seed 0")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="vLLM's (default: %(default)s, none)")
     output_argument(parser, "greedy/result.json")
     args = parser.parse_args(argv)
     if args.tokens < 1 or args.samples < 2:
         parser.error("--tokens: 1 or more, --samples: 2 or more")
+    if not (0 <= args.temperature < math.inf and 0 < args.repetition_penalty < math.inf):
+        parser.error("--temperature: 0 or more, --repetition-penalty: above 0")
     return args
 
 
-def generate(model: Path, prompts: list[list[int]], tokens: int, longest: int) -> list[list[int]]:
-    """Greedy answers of vLLM, in this process."""
+def generate(model: Path, prompts: list[list[int]], tokens: int, longest: int, **sampling: float) -> list[list[int]]:
+    """Answers of vLLM, in this process. sampling: of `SamplingParams`."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
         str(model), enforce_eager=True, max_model_len=longest + tokens, block_size=32, kv_cache_memory_bytes=512 << 20,
         max_num_seqs=32, **cpu_flags(),
     )  # fmt: skip
-    outputs = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts], SamplingParams(temperature=0, max_tokens=tokens)
-    )
+    params = [SamplingParams(seed=number, max_tokens=tokens, **sampling) for number in range(len(prompts))]
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
@@ -88,9 +96,17 @@ def repeating(answer: Sequence[int]) -> bool:
     return False
 
 
-def compare(answers: Mapping[str, Answers]) -> dict[str, dict[str, float]]:
+def compare(answers: Mapping[str, Answers], sampled: bool = False) -> dict[str, dict[str, float]]:
     """System -> its row; answers: by system, `dense` and `routed` among them, two requests or more."""
     looped = {name: [float(repeating(answer)) for answer in found] for name, found in answers.items()}
+    loops = {
+        name: {"repeating": round(statistics.mean(found), 4)}
+        | _entries("repeating_above_dense", above(found, looped["dense"]))
+        for name, found in looped.items()
+        if name != "dense"
+    }
+    if sampled:
+        return loops
     shares = {
         name: [agreed(dense, own) for dense, own in zip(answers["dense"], found, strict=True)]
         for name, found in answers.items()
@@ -102,8 +118,8 @@ def compare(answers: Mapping[str, Answers]) -> dict[str, dict[str, float]]:
         rows[name] = (
             _entries("agreed", mean_and_error(found))
             | _entries("agreed_above_routed", above(found, shares["routed"]))
-            | {"identical": round(statistics.mean(same), 4), "repeating": round(statistics.mean(looped[name]), 4)}
-            | _entries("repeating_above_dense", above(looped[name], looped["dense"]))
+            | {"identical": round(statistics.mean(same), 4)}
+            | loops[name]
         )
     return rows
 
@@ -123,10 +139,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = prompts_of(held_out(args, checkpoints.values()))
     systems = {"dense": args.model} | checkpoints
     answers = {}
+    sampling = {"temperature": args.temperature, "repetition_penalty": args.repetition_penalty}
     for name, path in systems.items():
         progress(f"answers of {name}")
-        answers[name] = isolated(generate, path, prompts, args.tokens, args.max_length, **IN_PROCESS)
-    rows = compare(answers)
+        answers[name] = isolated(
+            partial(generate, **sampling), path, prompts, args.tokens, args.max_length, **IN_PROCESS
+        )
+    rows = compare(answers, sampled=args.temperature > 0)
     lengths = statistics.mean(len(answer) for answer in answers["dense"])
     repeated = statistics.mean(map(repeating, answers["dense"]))
     result = {

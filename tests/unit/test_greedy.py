@@ -46,7 +46,17 @@ def test_loops_are_paired_with_the_dense_ones() -> None:
     assert rows["routed"]["repeating_above_dense_standard_error"] == 0.25
 
 
-@pytest.mark.parametrize("more", [["--tokens", "0"], ["--samples", "1"]])
+def test_sampled_answers_are_compared_by_loops_alone() -> None:
+    """Whether two draws agree says nothing."""
+    answers = {"dense": [[7] * 30, [1]], "routed": [[7] * 30, [2]]}
+    (row,) = compare(answers, sampled=True).values()
+    assert row == {name: value for name, value in compare(answers)["routed"].items() if name.startswith("repeating")}
+    assert row["repeating"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "more", [["--tokens", "0"], ["--samples", "1"], ["--temperature", "-1"], ["--repetition-penalty", "0"]]
+)
 def test_what_cannot_be(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_args([str(Path("c")), "--model", "m", "--data", "d", *more])
