@@ -62,7 +62,8 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
     belongs_to = fingerprint(model, samples, target, window, args.patch_rank)
     costs = CostsFile(_costs_path(args), belongs_to)
     # Of the choice that was best, and of the static drop that is compared with it.
-    paths = [beside(Path(args.output)), beside(Path(f"{args.output}.static"))]
+    output = Path(args.output)
+    paths = [beside(output), beside(output.with_name(f"{output.name}.static"))]
     unfinished = [Unfinished(path, belongs_to | {"flags": _flags(args)}) for path in paths]
     with contextlib.ExitStack() as interruptible:
         for file in (costs, *unfinished):
@@ -88,7 +89,7 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
                 made.append(patching.of(other, unfinished[1]))
         taken = nearest(made)
         with deferred():
-            output = write_checkpoint(
+            written = write_checkpoint(
                 base,
                 args.output,
                 taken.config,
@@ -96,12 +97,12 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
                 records | {PATCHES_FILE: taken.record.to_text()},
                 patches=taken.patches,
             )
-            card.write(output)
+            card.write(written)
             for file in unfinished:
                 file.remove()
             if args.costs is None:
                 costs.remove()
-    return output
+    return written
 
 
 def _costs_path(args: FitArguments) -> Path:
