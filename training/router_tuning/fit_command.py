@@ -80,13 +80,13 @@ def fit(args: FitArguments, records: dict[str, str]) -> Path:
 
         command = next(iter(records["train_command.txt"].splitlines()))
         patching = Patching(args, base, dtype, window, measured, samples, place, command, counts.to_dict())
-        made = [patching.of(choice, unfinished[0])]
-        made[0].record.report()
         static = [other for other in found if other.share is None and other is not choice]
-        if args.compare_static and args.distilled_samples:
-            for other in static:
-                print(f"{other}, with patches made in the same way: layers {', '.join(map(str, other.layers))}")
-                made.append(patching.of(other, unfinished[1]))
+        static = static if args.compare_static and args.distilled_samples else []
+        made = [patching.of(choice, unfinished[0], compared=bool(static))]
+        made[0].record.report()
+        for other in static:
+            print(f"{other}, with patches made in the same way: layers {', '.join(map(str, other.layers))}")
+            made.append(patching.of(other, unfinished[1], compared=True))
         taken = nearest(made)
         with deferred():
             written = write_checkpoint(

@@ -44,7 +44,7 @@ class PatchRecord(Strict):
     distilled: Distilled | None = Field(None, description="null: patches are as fitted")
     compared: dict[str, float] = Field(
         default_factory=dict,
-        description="KL as in `distilled.after` of each choice of what is skipped, in words, that was compared so",
+        description="choice of what is skipped, in words -> KL as in `distilled`, where each skips as much",
     )
     prompts: list[str] = Field(
         default_factory=list, description="what routers and patches were fitted on, see `chat.prompt_digest`"
@@ -129,4 +129,5 @@ def _compared(nats: Mapping[str, float]) -> str:
     """Empty where nothing was."""
     if not nats:
         return ""
-    return f" Of what was compared so: {', '.join(f'{after:.3f} ({name})' for name, after in nats.items())}."
+    found = ", ".join(f"{after:.3f} ({name})" for name, after in nats.items())
+    return f" Of what was compared there, skipping as much: {found}."

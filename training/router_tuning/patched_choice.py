@@ -13,6 +13,7 @@ from torch import Tensor
 from vllm_mod.config import ModConfig
 
 from .choice import Choice
+from .distill import divergence
 from .fit_arguments import FitArguments
 from .loading import on_best_device, stored_in_bf16
 from .model import attach_routers, load_base
@@ -34,6 +35,8 @@ class PatchedChoice:
     weights: dict[int, Tensor]
     patches: dict[int, Any]
     record: PatchRecord
+    #: KL to the dense model, see `distill.divergence`; None where it is not asked for
+    nats: float | None
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,9 @@ class Patching:
         }  # fmt: skip
         return ModConfig.parse(settings, "mod_config")
 
-    def of(self, choice: Choice, file: Unfinished) -> PatchedChoice:
-        """file: what it has is not made again; the caller removes it once the patches are written."""
+    def of(self, choice: Choice, file: Unfinished, compared: bool) -> PatchedChoice:
+        """compared: whether it will be. file: what it has is not made again; the caller removes it once the patches are
+        written."""
         args, config = self.args, self.config(choice)
         file.begin(str(choice))
         model = on_best_device(load_base(self.base, self.dtype).eval())
@@ -73,20 +77,22 @@ class Patching:
         samples = [dict(sample) | {"scores": scores[number]} for number, sample in enumerate(self.samples)]
         batches = collate(samples, config, args.patch_rank, batch_size(model, samples), ", ".join(args.data))
         record = make_patches(model, samples, batches, args.patch_rank, args, self.place, self.command, self.rows, file)
+        some = samples[: args.distilled_samples] if compared else []
+        nats = divergence(model, some, choice.kept) if some else None
         # Patches are served in the base's precision, so that more of theirs would be lost.
         stored = torch.bfloat16 if stored_in_bf16(self.base) else torch.float32
         patches = {layer: patch.tensors(stored) for layer, patch in routing_of(model).patches.items()}
-        return PatchedChoice(choice, with_patch(config, args.patch_rank), weights, patches, record)
+        return PatchedChoice(choice, with_patch(config, args.patch_rank), weights, patches, record, nats)
 
 
 def nearest(made: Sequence[PatchedChoice]) -> PatchedChoice:
-    """By the KL that distillation left on samples held out, which are the same for all; its record names all of them.
+    """By KL on samples that distillation left out, of which each skips as much as was asked for; its record names all.
 
     Choices are compared before they have patches, which do more for a static drop: all of a patch's tokens are skipped
     alike there.
     """
-    nats = {str(one.choice): one.record.distilled.after for one in made if one.record.distilled is not None}
-    if len(nats) < len(made) or len(made) == 1:
+    nats = {str(one.choice): one.nats for one in made if one.nats is not None}
+    if len(made) == 1:
         return made[0]
     taken = min(made, key=lambda one: nats[str(one.choice)])
     print(f"taken, of {', '.join(f'{after:.4f} ({name})' for name, after in nats.items())}: {taken.choice}")
