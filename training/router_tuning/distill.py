@@ -120,8 +120,9 @@ def distill(
 
 
 @torch.no_grad()
-def divergence(model: Any, samples: Sequence[Mapping[str, Any]], kept: float) -> float:
-    """Mean KL over answer tokens of the samples that `distill` leaves out, where these keep the ratio `kept`.
+def divergence(model: Any, samples: Sequence[Mapping[str, Any]], kept: float) -> tuple[Tensor, Tensor]:
+    """KL, summed over a sample's answer tokens, and their number, both float64 `[N]`, of the samples that `distill`
+    leaves out, where these keep the ratio `kept`.
 
     All cutoffs are moved alike for it: as few samples as that skip more or less than was asked for. model: routed per
     request. samples: those given to `distill`. It costs three forwards over every tenth of them.
@@ -140,10 +141,11 @@ def divergence(model: Any, samples: Sequence[Mapping[str, Any]], kept: float) ->
         for batch in batches:
             with nothing_skipped(model):
                 dense = log_probabilities(answer_logits(model, batch))
-            found.append(_divergences(model, batch, dense))
+            rows = _divergences(model, batch, dense).double().cpu().split(supervised(batch).sum(1).tolist())
+            found.append(torch.stack([row.sum() for row in rows]))
     finally:
         state.cutoffs = own
-    return float(torch.cat(found).double().mean())
+    return torch.cat(found), torch.cat(tokens).double()
 
 
 def _go(parameters: Sequence[Tensor], start: Sequence[Tensor], end: Sequence[Tensor], share: float) -> None:

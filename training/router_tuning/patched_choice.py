@@ -20,6 +20,7 @@ from .model import attach_routers, load_base
 from .patch_record import PatchRecord
 from .patches import batch_size, collate, with_patch
 from .patching import make_patches
+from .per_token import mean_per_token
 from .routing import routing_of
 from .selection import Measured
 from .unfinished import Unfinished
@@ -35,8 +36,8 @@ class PatchedChoice:
     weights: dict[int, Tensor]
     patches: dict[int, Any]
     record: PatchRecord
-    #: KL to the dense model, see `distill.divergence`; None where it is not asked for
-    nats: float | None
+    #: KL to the dense model and tokens of samples, see `distill.divergence`; None where they are not asked for
+    divergence: tuple[Tensor, Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -78,24 +79,29 @@ class Patching:
         batches = collate(samples, config, args.patch_rank, batch_size(model, samples), ", ".join(args.data))
         record = make_patches(model, samples, batches, args.patch_rank, args, self.place, self.command, self.rows, file)
         some = samples[: args.distilled_samples] if compared else []
-        nats = divergence(model, some, choice.kept) if some else None
+        apart = divergence(model, some, choice.kept) if some else None
         # Patches are served in the base's precision, so that more of theirs would be lost.
         stored = torch.bfloat16 if stored_in_bf16(self.base) else torch.float32
         patches = {layer: patch.tensors(stored) for layer, patch in routing_of(model).patches.items()}
-        return PatchedChoice(choice, with_patch(config, args.patch_rank), weights, patches, record, nats)
+        return PatchedChoice(choice, with_patch(config, args.patch_rank), weights, patches, record, apart)
 
 
 def nearest(made: Sequence[PatchedChoice]) -> PatchedChoice:
-    """By KL on samples that distillation left out, of which each skips as much as was asked for; its record names all.
+    """One, or the nearer of two: by KL on samples that distillation left out, of which each skips as much as was asked
+    for. Its record names both.
 
     Choices are compared before they have patches, which do more for a static drop: all of a patch's tokens are skipped
     alike there.
     """
-    nats = {str(one.choice): one.nats for one in made if one.nats is not None}
     if len(made) == 1:
         return made[0]
+    (first, tokens), (second, _) = (one.divergence for one in made if one.divergence is not None)
+    found = [mean_per_token(sums, tokens)[0] for sums in (first, second)]
+    nats = {str(one.choice): mean for one, mean in zip(made, found, strict=True)}
     taken = min(made, key=lambda one: nats[str(one.choice)])
-    print(f"taken, of {', '.join(f'{after:.4f} ({name})' for name, after in nats.items())}: {taken.choice}")
+    print(f"KL where both skip as much: {', '.join(f'{mean:.4f} ({name})' for name, mean in nats.items())};", end=" ")
+    print("difference {:+.4f} ± {:.4f}".format(*mean_per_token(second - first, tokens)))
+    print(f"taken: {taken.choice}")
     if taken.choice.share is None:
         print("no request skips other layers than the next one; --compare-static false keeps routers that let them")
     return PatchedChoice(**vars(taken) | {"record": taken.record.model_copy(update={"compared": nats})})

@@ -30,26 +30,25 @@ def test_what_is_nearest_with_its_patches_is_written(
         assert main(words(base, data, tmp_path / name, *more, *flags)) == 0
     capsys.readouterr()
     for wanted in ("routed", "static"):
-        given: list[float] = []
 
-        def found(model: Any, *_: Any, wanted: str = wanted, given: list[float] = given) -> float:
+        def found(model: Any, *_: Any, wanted: str = wanted) -> tuple[torch.Tensor, torch.Tensor]:
             routers = routing_of(model).routers.values()
             name = "routed" if any(bool(router.weight.any()) for router in routers) else "static"
-            given.append(0.25 if name == wanted else 0.5)
-            return given[-1]
+            return torch.tensor([1.0, 4.0]) * (1 if name == wanted else 2), torch.tensor([8.0, 12.0])
 
         output = tmp_path / f"c-{wanted}"
         with monkeypatch.context() as patch:
             patch.setattr(patched_choice, "divergence", found)
             assert main(words(base, data, output, *more)) == 0
         said = capsys.readouterr().out
-        assert "taken, of 0." in said and ("): the same layers for everyone\n" in said) == (wanted == "static")
+        assert ("taken: the same layers for everyone\n" in said) == (wanted == "static")
+        assert f"difference {'+' if wanted == 'routed' else '-'}0.2500 ± 0." in said
         assert ("--compare-static false keeps" in said) == (wanted == "static")
         written, expected = (load_file(path / "routers.safetensors") for path in (output, tmp_path / wanted))
         assert written.keys() == expected.keys()
         assert all(torch.equal(written[name], expected[name]) for name in written)
         record = json.loads((output / "patches.json").read_text())
-        assert sorted(record["compared"].values()) == [0.25, 0.5] == sorted(given)
+        assert sorted(record["compared"].values()) == [0.25, 0.5]
         assert "0.250 (" in (output / "README.md").read_text()
         assert read_mod_config(output) == read_mod_config(tmp_path / wanted)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c-routed", "c-static", "costs", "routed", "static"]
@@ -76,11 +75,13 @@ def test_each_skips_as_much_where_they_are_compared(
     found = []
     for cutoffs in (None, tuple(cutoff + 7 for cutoff in state.config.cutoffs), (0.5, 0.0, -0.5, 0.25)):
         state.cutoffs, tokens_kept[:] = cutoffs, [0, 0]
-        found.append(distill.divergence(model, samples, kept))
+        sums, numbers = distill.divergence(model, samples, kept)
+        assert sums.shape == numbers.shape == (6,) and 4 * int(numbers.sum()) == tokens_kept[1]
+        found.append(float(sums.sum()))
         assert tokens_kept[0] / tokens_kept[1] == pytest.approx(kept, abs=0.03)  # six samples, of four layers
         assert state.cutoffs == cutoffs
     assert found[0] == pytest.approx(found[1]) and min(found) > 0
-    assert distill.divergence(model, samples, 1.0) == pytest.approx(0, abs=1e-6)
+    assert distill.divergence(model, samples, 1.0)[0].tolist() == pytest.approx([0] * 6, abs=1e-6)
 
 
 def test_nothing_is_compared_without_distillation(
