@@ -20,7 +20,6 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
     held_out_arguments(parser, samples=100)
     parser.add_argument("--tokens", type=int, default=64, help="of an answer, at most (default: %(default)s)")
     parser.add_argument("--others", type=Path, nargs="*", default=[], help="further checkpoints of the same base")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default); above: sampled, seed 0")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0: greedy (default); above: sampled, request n by seed n"
+    )
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="vLLM's (default: %(default)s, none)")
     output_argument(parser, "greedy/result.json")
     args = parser.parse_args(argv)
@@ -67,7 +68,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
     return args
 
 
-def generate(model: Path, prompts: list[list[int]], tokens: int, longest: int, **sampling: float) -> list[list[int]]:
+def generate(
+    model: Path, prompts: list[list[int]], tokens: int, longest: int, sampling: Mapping[str, float]
+) -> list[list[int]]:
     """Answers of vLLM, in this process. sampling: of `SamplingParams`."""
     from vllm import LLM, SamplingParams
 
@@ -142,9 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sampling = {"temperature": args.temperature, "repetition_penalty": args.repetition_penalty}
     for name, path in systems.items():
         progress(f"answers of {name}")
-        answers[name] = isolated(
-            partial(generate, **sampling), path, prompts, args.tokens, args.max_length, **IN_PROCESS
-        )
+        answers[name] = isolated(generate, path, prompts, args.tokens, args.max_length, sampling, **IN_PROCESS)
     rows = compare(answers, sampled=args.temperature > 0)
     lengths = statistics.mean(len(answer) for answer in answers["dense"])
     repeated = statistics.mean(map(repeating, answers["dense"]))

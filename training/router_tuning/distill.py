@@ -138,10 +138,10 @@ def divergence(model: Any, samples: Sequence[Mapping[str, Any]], kept: float) ->
     own, found = state.cutoffs, []
     state.cutoffs = tuple(state.cutoff(layer) + moved for layer in state.config.layers)
     try:
-        for batch in batches:
+        for batch, numbers in zip(batches, tokens, strict=True):
             with nothing_skipped(model):
                 dense = log_probabilities(answer_logits(model, batch))
-            rows = _divergences(model, batch, dense).double().cpu().split(supervised(batch).sum(1).tolist())
+            rows = _divergences(model, batch, dense).double().cpu().split(numbers.tolist())
             found.append(torch.stack([row.sum() for row in rows]))
     finally:
         state.cutoffs = own

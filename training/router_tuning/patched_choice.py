@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,4 +104,4 @@ def nearest(made: Sequence[PatchedChoice]) -> PatchedChoice:
     print(f"taken: {taken.choice}")
     if taken.choice.share is None:
         print("no request skips other layers than the next one; --compare-static false keeps routers that let them")
-    return PatchedChoice(**vars(taken) | {"record": taken.record.model_copy(update={"compared": nats})})
+    return replace(taken, record=taken.record.model_copy(update={"compared": nats}))
