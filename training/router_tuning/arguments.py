@@ -13,7 +13,7 @@ from vllm_mod.checkpoint import BaseShape
 from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.granularity import GRANULARITIES, POLICIES
 
-from .fit_arguments import DEFAULT_RANK, DEFAULT_WINDOW, FitArguments, distilled_passes, distilled_samples
+from .fit_arguments import DEFAULT_RANK, DEFAULT_WINDOW, FitArguments, distilled_passes, distilled_samples, in_bf16
 from .flag_words import parse_layers, parse_window
 from .trainer_flags import OPTIMIZERS
 
@@ -203,6 +203,7 @@ class ExportArguments:
     )  # fmt: skip
     distilled_samples: int = distilled_samples()
     distilled_passes: int = distilled_passes()
+    bf16: bool | None = in_bf16()
     data: list[str] | None = field(
         default=None, metadata={"help": "calibration data of --drop-attention, as for train"}
     )
@@ -264,6 +265,7 @@ class PatchArguments:
     )
     distilled_samples: int = distilled_samples()
     distilled_passes: int = distilled_passes()
+    bf16: bool | None = in_bf16()
     max_length: int = field(default=1024, metadata={"help": "tokens of a sample; longer ones are truncated"})
     batch_size: int = field(default=16, metadata={"help": "samples per forward"})
     model: str | None = field(

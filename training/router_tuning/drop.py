@@ -21,13 +21,12 @@ from vllm_mod.tensors import Patch
 
 from .arguments import ExportArguments
 from .data import calibration_samples
-from .loading import measuring_dtype, on_best_device
-from .model import architecture_of_model, attach_routers, decoder_layers, load_base
+from .loading import fitting_dtype, on_best_device, stored_dtype
+from .model import architecture_of_model, attach_routers, decoder_layers, load_base, patch_weights
 from .patch_record import PATCHES_FILE
 from .patches import check_rank, collate, with_patch
 from .patching import beside, make_patches, unfinished
 from .preflight import check_vocabulary, check_writable
-from .routing import routing_of
 from .selection import cheapest
 from .unfinished import Unfinished
 
@@ -114,7 +113,7 @@ def dropped(
     check_vocabulary(base, samples)
     if args.patch_rank is not None:  # what is wrong with the data is said before the model is loaded
         batches = collate(samples, any_layers, args.patch_rank, _BATCH, ", ".join(args.data))
-    model = on_best_device(load_base(base, measuring_dtype()).eval())
+    model = on_best_device(load_base(base, fitting_dtype(base, args.bf16)).eval())
     similarity = attention_similarity(model, [sample["input_ids"] for sample in samples])
     layers = most_similar(similarity, args.drop_attention)
     for i, value in enumerate(similarity):
@@ -128,5 +127,5 @@ def dropped(
         record = make_patches(model, samples, batches, args.patch_rank, args, place, command, counts.to_dict(), file)
         file.write()
     record.report()
-    patches = {layer: patch.tensors() for layer, patch in routing_of(model).patches.items()}
+    patches = patch_weights(model, stored_dtype(base))
     return with_patch(config, args.patch_rank), patches, {PATCHES_FILE: record.to_text()}, file

@@ -18,6 +18,11 @@ def distilled_samples() -> Any:
     return field(default=256, metadata={"help": f"samples, of --max-samples, {text}; 0: none"})
 
 
+def in_bf16() -> Any:
+    default = "on a GPU, and on a CPU that multiplies in it if the base's weights are stored so; fp32 elsewhere"
+    return field(default=None, metadata={"help": f"measure and fit in bf16; true or false; default: {default}"})
+
+
 def distilled_passes() -> Any:
     return field(default=2, metadata={"help": "times that each of these is gone over"})
 
@@ -72,11 +77,7 @@ class FitArguments:
                   "--skip, --target-capacity or --static measures nothing again; default: beside --output, removed "
                   "at the end"},
     )  # fmt: skip
-    bf16: bool | None = field(
-        default=None,
-        metadata={"help": "measure and fit in bf16; true or false; default: on a GPU, and on a CPU that multiplies in "
-                  "it if the base's weights are stored so; fp32 elsewhere"},
-    )  # fmt: skip
+    bf16: bool | None = in_bf16()
     max_samples: int = field(default=512, metadata={"help": "samples that patches are fitted on"})
     distilled_samples: int = distilled_samples()
     distilled_passes: int = distilled_passes()

@@ -40,9 +40,11 @@ def measuring_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
-def stored_in_bf16(base: Path) -> bool:
+def stored_dtype(base: Path) -> torch.dtype:
+    """That of patches, which are served in the base's precision, so that more of theirs would be lost."""
     config = read_json(base / CONFIG_FILE)
-    return bool(config.get("dtype", config.get("torch_dtype")) == "bfloat16")
+    in_bf16 = config.get("dtype", config.get("torch_dtype")) == "bfloat16"
+    return torch.bfloat16 if in_bf16 else torch.float32
 
 
 def fitting_dtype(base: Path, bf16: bool | None) -> torch.dtype:
@@ -52,22 +54,24 @@ def fitting_dtype(base: Path, bf16: bool | None) -> torch.dtype:
     if bf16 is None:
         cpu: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         native = any(cpu.get(name) for name in ("avx512_bf16", "amx_bf16"))
-        bf16 = torch.cuda.is_available() or (native and stored_in_bf16(base))
+        bf16 = torch.cuda.is_available() or (native and stored_dtype(base) == torch.bfloat16)
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def load_routed(directory: Path, base: Path, config: ModConfig | None = None) -> Any:
+def load_routed(directory: Path, base: Path, config: ModConfig | None = None, dtype: torch.dtype | None = None) -> Any:
     """The routed model of a directory (`base_of` gives `base`), in eval mode, on the GPU where there is one.
 
-    config: in place of the stored one, as for `load_reference`. An adapter is part of it: routers were trained with it.
+    config: in place of the stored one, as for `load_reference`. dtype: `measuring_dtype` by default. An adapter is part
+    of it: routers were trained with it.
     """
+    dtype = dtype or measuring_dtype()
     if base == directory:
-        return on_best_device(load_reference(directory, measuring_dtype(), config))
+        return on_best_device(load_reference(directory, dtype, config))
     stored = read_mod_config(directory)
     shape = BaseShape.of(read_json(base / CONFIG_FILE), str(base / CONFIG_FILE))
     config = config or stored
     routers, patches = read_routers(directory, stored, shape), read_patches(directory, stored, shape)
-    model = load_base(base, measuring_dtype()).eval()
+    model = load_base(base, dtype).eval()
     attach_routers(model, config, routers, patches if config.patch is not None else {})
     if (directory / ADAPTER_DIR).is_dir():
         load_adapter(model, directory / ADAPTER_DIR)

@@ -181,9 +181,9 @@ def router_weights(model: nn.Module) -> dict[int, Tensor]:
     return {i: r.weight.detach().float().cpu().clone() for i, r in routing_of(model).routers.items()}
 
 
-def patch_weights(model: nn.Module) -> dict[int, Patch]:
+def patch_weights(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[int, Patch]:
     """Layer -> patch, likewise; empty where there are none."""
-    return {i: patch.tensors() for i, patch in routing_of(model).patches.items()}
+    return {i: patch.tensors(dtype) for i, patch in routing_of(model).patches.items()}
 
 
 # ---------------------------------------------------------------- the reference

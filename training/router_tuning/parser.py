@@ -40,7 +40,11 @@ _ELSEWHERE = {
 
 
 _DROPPING: Condition = (lambda values: values["drop_attention"] is not None, "--drop-attention")
-_EXPORT_NEEDS = dict.fromkeys(("data", "max_samples", "max_length", "eval_fraction", "patch_rank"), _DROPPING)
+_PATCHING: Condition = (lambda v: v["patch_rank"] is not None, "--patch-rank")
+_EXPORT_NEEDS = {
+    **dict.fromkeys(("data", "max_samples", "max_length", "eval_fraction", "bf16", "patch_rank"), _DROPPING),
+    **dict.fromkeys(("distilled_samples", "distilled_passes"), _PATCHING),
+}
 
 
 class OneLineParser(HfArgumentParser):

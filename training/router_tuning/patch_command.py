@@ -25,15 +25,15 @@ from .arguments import PatchArguments, check_output
 from .data import calibration_samples, check_sources
 from .export import shape_of
 from .interrupt import deferred
-from .loading import base_of, checkpoint_config, load_routed
+from .loading import base_of, checkpoint_config, fitting_dtype, load_routed, stored_dtype
 from .lora import ADAPTER_DIR
+from .model import patch_weights
 from .patch_record import PatchRecord, fitted_on
 from .patches import check_rank, collate, with_patch
 from .patching import beside, make_patches, unfinished
 from .plot import PLOT_FILE
 from .preflight import check_vocabulary, check_writable
 from .records import ARGUMENTS_FILE
-from .routing import routing_of
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def patch(args: PatchArguments, command: str) -> tuple[PatchRecord, Path]:
     samples, counts = calibration_samples(args, base)
     check_vocabulary(base, samples)
     batches = collate(samples, stored, args.rank, args.batch_size, ", ".join(args.data))
-    model = load_routed(directory, base, with_patch(stored, None))
+    model = load_routed(directory, base, with_patch(stored, None), fitting_dtype(base, args.bf16))
     # In place it lies inside: what is beside the checkpoint may not be writable.
     path = directory / "patches.unfinished" if args.output is None else beside(output)
     file = unfinished(path, model, samples, args.rank, args, args.batch_size)
@@ -68,7 +68,7 @@ def patch(args: PatchArguments, command: str) -> tuple[PatchRecord, Path]:
         record = make_patches(model, samples, batches, args.rank, args, place, command, counts.to_dict(), file)
         record = record.also_fitted_on(fitted_on(directory))  # which its routers may have been, and stay
         config = with_patch(stored, args.rank)
-        patches = {layer: patch.tensors() for layer, patch in routing_of(model).patches.items()}
+        patches = patch_weights(model, stored_dtype(base))
         with deferred():
             with nullcontext(directory) if args.output is None else _copy(directory, output) as target:
                 replace_routers(target, config, routers, patches)

@@ -15,13 +15,12 @@ from vllm_mod.config import ModConfig
 from .choice import Choice
 from .distill import divergence
 from .fit_arguments import FitArguments
-from .loading import on_best_device, stored_in_bf16
-from .model import attach_routers, load_base
+from .loading import on_best_device, stored_dtype
+from .model import attach_routers, load_base, patch_weights
 from .patch_record import PatchRecord
 from .patches import batch_size, collate, with_patch
 from .patching import make_patches
 from .per_token import mean_per_token
-from .routing import routing_of
 from .selection import Measured
 from .unfinished import Unfinished
 
@@ -80,9 +79,7 @@ class Patching:
         record = make_patches(model, samples, batches, args.patch_rank, args, self.place, self.command, self.rows, file)
         some = samples[: args.distilled_samples] if compared else []
         apart = divergence(model, some, choice.kept) if some else None
-        # Patches are served in the base's precision, so that more of theirs would be lost.
-        stored = torch.bfloat16 if stored_in_bf16(self.base) else torch.float32
-        patches = {layer: patch.tensors(stored) for layer, patch in routing_of(model).patches.items()}
+        patches = patch_weights(model, stored_dtype(self.base))
         return PatchedChoice(choice, with_patch(config, args.patch_rank), weights, patches, record, apart)
 
 

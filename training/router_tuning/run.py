@@ -32,9 +32,10 @@ from .export import base_shape
 from .flag_words import parse_rank
 from .hub import local_model
 from .interrupt import StopOnInterrupt, ignored
+from .loading import stored_dtype
 from .loss import CapacityLoss
 from .memory import out_of_memory
-from .model import attach_routers, freeze_base, load_base, routing_of
+from .model import attach_routers, freeze_base, load_base, patch_weights, routing_of
 from .patch_record import PATCHES_FILE, PatchRecord
 from .patches import PATCH_SAMPLES, check_rank, collate, fit_patches, with_patch
 from .plot import PLOT_FILE, plot_training
@@ -180,7 +181,7 @@ def _finish(
             ARGUMENTS_FILE: arguments_text(_arguments_record(args, training_args)),
             LOG_FILE: _log_record(trainer, routed, dense, parts.data).to_text(),
         }
-        config, patches = parts.config, {layer: found.patch for layer, found in fitted.items()}
+        config, patches = parts.config, patch_weights(model, stored_dtype(parts.base)) if fitted else {}
         if parts.rank is not None:
             config = with_patch(config, parts.rank)
             records[PATCHES_FILE] = _patch_record(trainer, args, parts, parts.rank, fitted).to_text()

@@ -12,6 +12,7 @@ from router_tuning import preflight, ridge
 from router_tuning.arguments import RouterArguments, RouterTrainingArguments
 from router_tuning.model import load_reference, patch_weights, routing_of
 from router_tuning.trainer import RouterTrainer
+from tests.support.models import tiny_model
 from tests.unit.training.test_trainer import one_error, routers_of, train
 from vllm_mod.checkpoint import read_mod_config
 from vllm_mod.files import read_json
@@ -105,6 +106,12 @@ def test_routers_are_trained_with_patches_in_place(base_dir, data_file, tmp_path
     log, without = (read_json(tmp_path / name / "trainer_log.json")["steps"] for name in ("c", "plain"))
     assert log[0]["loss"] == pytest.approx(without[0]["loss"])  # routers of zeros keep
     assert log[2]["loss"] != without[2]["loss"]
+
+
+def test_patches_are_written_as_they_are_served(data_file, tmp_path):
+    base = tiny_model(tmp_path / "base", "llama", dtype=torch.bfloat16)
+    assert train(base, data_file, tmp_path / "c", "--patch-rank", "2", "--max-steps", "1") == 0
+    assert {t.dtype for name, t in routers_of(tmp_path / "c").items() if "patch" in name} == {torch.bfloat16}
 
 
 def test_training_interrupted_while_it_fits_goes_on(base_dir, data_file, tmp_path, monkeypatch, capsys):
