@@ -99,3 +99,40 @@ def architecture_of(name: str) -> Architecture:
     if name not in _BY_NAME:
         raise ConfigError(f"architecture {name!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
     return _BY_NAME[name]
+
+
+@dataclass(frozen=True)
+class BaseShape:
+    """What of a base model's `config.json` routers depend on."""
+
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    num_experts: int | None
+    #: layers that have one dense MLP, of a model with experts in the others
+    dense_layers: tuple[int, ...] = ()
+    #: a sublayer's output is multiplied by it before it is added to the residual stream
+    residual_multiplier: float = 1.0
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], where: str, architecture: str | None = None) -> BaseShape:
+        """config: a file's, or a loaded config's `to_dict()`. architecture: where `config` may not name it.
+
+        Raises ConfigError, on an architecture that is not supported, too.
+        """
+        name = architecture or (config.get("architectures") or ["?"])[0]
+        try:
+            row = architecture_of(name)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+        try:
+            return cls(
+                architecture=name,
+                num_layers=config["num_hidden_layers"],
+                hidden_size=config["hidden_size"],
+                num_experts=row.num_experts(config),
+                dense_layers=row.dense_layers(config),
+                residual_multiplier=row.multiplier(config),
+            )
+        except KeyError as key:
+            raise ConfigError(f"{where}: key {key} is missing; is this a decoder-only model?") from None

@@ -9,7 +9,6 @@ which holds routers and patches (see `tensors`). A *router-only* directory is `m
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .architectures import architecture_of
+from .architectures import BaseShape, architecture_of
 from .config import ConfigError, ModConfig
 from .files import (
     ADAPTER_FILES,
@@ -41,43 +40,6 @@ ROUTERS_FILE = "routers.safetensors"
 ROUTER_CONFIG_FILE = "mod_config.json"
 #: Keys of a base's config that name files which a checkpoint does not hold: code, and weights beside the index.
 _NOT_CARRIED = ("auto_map", "transformers_weights")
-
-
-@dataclass(frozen=True)
-class BaseShape:
-    """What of a base model's `config.json` routers depend on."""
-
-    architecture: str
-    num_layers: int
-    hidden_size: int
-    num_experts: int | None
-    #: layers that have one dense MLP, of a model with experts in the others
-    dense_layers: tuple[int, ...] = ()
-    #: a sublayer's output is multiplied by it before it is added to the residual stream
-    residual_multiplier: float = 1.0
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any], where: str, architecture: str | None = None) -> BaseShape:
-        """config: a file's, or a loaded config's `to_dict()`. architecture: where `config` may not name it.
-
-        Raises ConfigError, on an architecture that is not supported, too.
-        """
-        name = architecture or (config.get("architectures") or ["?"])[0]
-        try:
-            row = architecture_of(name)
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from None
-        try:
-            return cls(
-                architecture=name,
-                num_layers=config["num_hidden_layers"],
-                hidden_size=config["hidden_size"],
-                num_experts=row.num_experts(config),
-                dense_layers=row.dense_layers(config),
-                residual_multiplier=row.multiplier(config),
-            )
-        except KeyError as key:
-            raise ConfigError(f"{where}: key {key} is missing; is this a decoder-only model?") from None
 
 
 def is_router_only(directory: Path) -> bool:

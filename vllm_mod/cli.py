@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .architectures import BaseShape
 from .config import ConfigError, ModConfig
 from .granularity import POLICIES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .checkpoint import BaseShape
     from .tensors import Patch
 
 _INSPECT = """\
@@ -97,7 +97,7 @@ def describe(directory: Path) -> dict[str, Any]:
     else:
         files.refuse_mistral_files(directory)
         base = directory / files.CONFIG_FILE
-        shape = checkpoint.BaseShape.of(files.read_json(base), str(base))
+        shape = BaseShape.of(files.read_json(base), str(base))
     routers, patches = checkpoint.check_routers(tensors, config, shape, str(where)), patches_of(tensors, config)
 
     layers = config.layers if alone else range(shape.num_layers)
@@ -120,7 +120,6 @@ def describe(directory: Path) -> dict[str, Any]:
 
 def _shape_of(tensors: Mapping[str, Tensor], config: ModConfig) -> BaseShape:
     """Of a router-only directory: its tensors are all that tells the base's shape."""
-    from .checkpoint import BaseShape
     from .tensors import patch_name, router_name
 
     layer = config.layers[0]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .architectures import BaseShape
 from .calibration import CALIBRATION_FILE, Calibration, read_calibration
-from .checkpoint import BaseShape
 from .config import ConfigError, ModConfig
 from .knobs import EngineKnobs, UnderLoad
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .architectures import BaseShape
 from .config import ConfigError, ModConfig
-
-if TYPE_CHECKING:
-    from .checkpoint import BaseShape
 
 _ROUTER_NAME = re.compile(r"model\.layers\.\d+\.router\..+")
 

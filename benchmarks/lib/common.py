@@ -15,8 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vllm_mod.architectures import architecture_of
-from vllm_mod.checkpoint import BaseShape
+from vllm_mod.architectures import BaseShape, architecture_of
 from vllm_mod.config import ConfigError, ModConfig
 
 RESULTS = Path(__file__).parents[1] / "results"

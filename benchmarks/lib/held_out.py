@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllm_mod.checkpoint import BaseShape, is_router_only, read_json, read_mod_config
+from vllm_mod.architectures import BaseShape
+from vllm_mod.checkpoint import is_router_only, read_json, read_mod_config
 from vllm_mod.config import ConfigError, ModConfig
 
 from .common import fraction, progress

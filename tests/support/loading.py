@@ -14,8 +14,9 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
+from vllm_mod.architectures import BaseShape
 from vllm_mod.calibration import read_calibration
-from vllm_mod.checkpoint import BaseShape, write_checkpoint
+from vllm_mod.checkpoint import write_checkpoint
 from vllm_mod.config import ModConfig
 from vllm_mod.knobs import EngineKnobs
 from vllm_mod.loading import RoutedWeights

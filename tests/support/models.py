@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from vllm_mod.checkpoint import BaseShape, read_json, write_checkpoint
+from vllm_mod.architectures import BaseShape
+from vllm_mod.checkpoint import read_json, write_checkpoint
 from vllm_mod.config import ModConfig
 from vllm_mod.tensors import Patch
 

@@ -2,9 +2,7 @@
 
 import torch
 
-from vllm_mod.checkpoint import (
-    BaseShape,
-)
+from vllm_mod.architectures import BaseShape
 from vllm_mod.config import ModConfig
 from vllm_mod.tensors import Patch
 

@@ -13,8 +13,8 @@ from torch import nn
 from tests.support.architectures import DENSE, EXPERTS
 from tests.support.models import edit_json, routed_checkpoint, tiny_model
 from vllm_mod import engine, expert_adapters, models
-from vllm_mod.architectures import ARCHITECTURES, Architecture, architecture_of
-from vllm_mod.checkpoint import BaseShape, check_routers, read_json, router_name
+from vllm_mod.architectures import ARCHITECTURES, Architecture, BaseShape, architecture_of
+from vllm_mod.checkpoint import check_routers, read_json, router_name
 from vllm_mod.config import ConfigError, ModConfig, default_layers
 from vllm_mod.gate import pair_scores, token_scores
 from vllm_mod.sublayers import _norms_all_heads

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.models import edit_json
 from tests.unit.checkpoints import SHAPE, mod_config, one_line, routers, tree
+from vllm_mod.architectures import BaseShape
 from vllm_mod.checkpoint import (
     INDEX_FILE,
     ROUTER_CONFIG_FILE,
     ROUTERS_FILE,
     WEIGHTS_FILE,
-    BaseShape,
     load_router_tensors,
     read_json,
     read_mod_config,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from vllm_mod.checkpoint import BaseShape
+from vllm_mod.architectures import BaseShape
 from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.granularity import GRANULARITIES, POLICIES
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vllm_mod.checkpoint import BaseShape
+from vllm_mod.architectures import BaseShape
 from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.tensors import Patch
 

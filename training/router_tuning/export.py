@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from vllm_mod.architectures import BaseShape
 from vllm_mod.calibration import CALIBRATION_FILE, read_calibration
 from vllm_mod.checkpoint import (
-    BaseShape,
     base_weight_map,
     is_router_only,
     read_mod_config,

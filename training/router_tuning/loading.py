@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from vllm_mod.checkpoint import BaseShape, is_router_only, read_mod_config, read_patches, read_routers
+from vllm_mod.architectures import BaseShape
+from vllm_mod.checkpoint import is_router_only, read_mod_config, read_patches, read_routers
 from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.files import CONFIG_FILE, read_json
 

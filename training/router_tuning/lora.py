@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vllm_mod.architectures import architecture_of
-from vllm_mod.checkpoint import BaseShape, base_weight_map
+from vllm_mod.architectures import BaseShape, architecture_of
+from vllm_mod.checkpoint import base_weight_map
 from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.files import ADAPTER_CONFIG_FILE, link_or_copy, model_files, open_weights
 

@@ -20,8 +20,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from vllm_mod.architectures import ARCHITECTURES, Architecture, architecture_of
-from vllm_mod.checkpoint import BaseShape, read_mod_config, read_patches, read_routers
+from vllm_mod.architectures import ARCHITECTURES, Architecture, BaseShape, architecture_of
+from vllm_mod.checkpoint import read_mod_config, read_patches, read_routers
 from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.files import CONFIG_FILE, read_json, without_strangers
 from vllm_mod.tensors import Patch, check_routers, named_tensors

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from vllm_mod.checkpoint import BaseShape, write_checkpoint
+from vllm_mod.architectures import BaseShape
+from vllm_mod.checkpoint import write_checkpoint
 from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.trainer_log import LOG_FILE, TrainerLog
 

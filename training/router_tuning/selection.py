@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vllm_mod.checkpoint import BaseShape
+from vllm_mod.architectures import BaseShape
 from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.granularity import POLICIES
 

@@ -8,8 +8,8 @@ import pytest
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.sampling_params import SamplingParams
 
+from vllm_mod.architectures import BaseShape
 from vllm_mod.calibration import Calibration
-from vllm_mod.checkpoint import BaseShape
 from vllm_mod.config import ModConfig
 from vllm_mod.knobs import EngineKnobs
 from vllm_mod.kv import connector as module

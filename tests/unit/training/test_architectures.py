@@ -25,7 +25,8 @@ from router_tuning.model import (
 from router_tuning.sublayers import nothing_skipped
 from tests.support.architectures import DENSE, EXPERTS
 from tests.support.models import routed_checkpoint, tiny_model
-from vllm_mod.checkpoint import BaseShape, read_json
+from vllm_mod.architectures import BaseShape
+from vllm_mod.checkpoint import read_json
 from vllm_mod.config import ConfigError, ModConfig
 
 ROUTED = (1, 2)

@@ -16,8 +16,9 @@ from router_tuning.cli import main
 from router_tuning.model import load_reference, patch_weights, reference_logits, router_weights
 from tests.support.models import edit_json, random_routers, routed_checkpoint, tiny_model
 from tests.unit.training.test_trainer import one_error
+from vllm_mod.architectures import BaseShape
 from vllm_mod.calibration import read_calibration
-from vllm_mod.checkpoint import BaseShape, read_mod_config, read_patches, write_checkpoint, write_routers
+from vllm_mod.checkpoint import read_mod_config, read_patches, write_checkpoint, write_routers
 from vllm_mod.config import ModConfig
 from vllm_mod.files import read_json
 
@@ -308,31 +309,6 @@ def test_the_reference_is_what_is_written(base_dir, data_file, tmp_path):
     model = load_reference(checkpoint)
     again = write_checkpoint(base_dir, tmp_path / "again", config, router_weights(model), patches=patches)
     assert torch.equal(reference_logits(load_reference(again), PROMPT, 5), reference_logits(model, PROMPT, 5))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_they_are_written_as_they_are_served(data_file, tmp_path, dtype):
-    """In the base's precision, whichever they are fitted in; routers in float32 whatever that is."""
-    base = tiny_model(tmp_path / "base", "llama", dtype=dtype)
-    checkpoint = routed_checkpoint(base, tmp_path / "c", "attn_sequence", LAYERS, seed=3, version=2, window=3)
-    assert patch(checkpoint, data_file, "--bf16", "false") == 0
-    words = ["export", "--model", str(base), "--data", str(data_file), "--max-samples", "20", "--bf16", "true"]
-    assert main([*words, "--drop-attention", "2", "--patch-rank", "2", "--output", str(tmp_path / "static")]) == 0
-    for directory in (checkpoint, tmp_path / "static"):
-        found = load_file(directory / "routers.safetensors")
-        assert {tensor.dtype for name, tensor in found.items() if "patch" in name} == {dtype}
-        assert {tensor.dtype for name, tensor in found.items() if "patch" not in name} <= {torch.float32}
-        assert len(patch_weights(load_reference(directory))) == len(read_mod_config(directory).layers)
-
-
-def test_the_precision_of_the_fit_is_what_was_asked_for(routed, data_file, tmp_path):
-    """The same patches but for what bf16 rounds; by default a float32 base is fitted in float32."""
-    checkpoint, found = routed("attn_sequence", version=2, window=3), {}
-    for name, flags in {"default": [], "false": ["--bf16", "false"], "true": ["--bf16", "true"]}.items():
-        assert patch(checkpoint, data_file, "--output", str(tmp_path / name), *flags) == 0
-        found[name] = torch.stack([p.bias for p in patch_weights(load_reference(tmp_path / name)).values()])
-    assert torch.equal(found["default"], found["false"]) and not torch.equal(found["true"], found["false"])
-    assert (found["true"] - found["false"]).norm() < 0.1 * found["false"].norm()
 
 
 def test_help_teaches(capsys):

@@ -1,5 +1,5 @@
 """What stands between loss and backward (loss scaling, accumulation, checkpoints, autocast) must not reach the
-controller; and what is not finite ends a run before it is saved."""
+controller; what is not finite ends a run before it is saved; and in what patches are fitted and written."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from router_tuning.model import load_base, routing_of
+from router_tuning.cli import main
+from router_tuning.model import load_base, load_reference, patch_weights, routing_of
 from router_tuning.trainer import RouterTrainer
+from tests.support.models import routed_checkpoint, tiny_model
+from tests.unit.training.test_patch_command import LAYERS, patch
 from tests.unit.training.test_trainer import one_error, routers_of, train
+from vllm_mod.checkpoint import read_mod_config
 
 
 def steps_of(checkpoint: Path) -> list[dict]:
@@ -159,3 +163,29 @@ def test_a_base_that_computes_nan_is_told_at_once(base_dir, data_file, tmp_path,
     assert "step 1: the loss is nan" in line and "nothing was trained yet, so look at the base model's weights" in line
     assert "no state had been written" in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_patches_are_written_as_they_are_served(data_file, tmp_path, dtype):
+    """In the base's precision, whichever they are fitted in; routers in float32 whatever that is."""
+    base = tiny_model(tmp_path / "base", "llama", dtype=dtype)
+    checkpoint = routed_checkpoint(base, tmp_path / "c", "attn_sequence", LAYERS, seed=3, version=2, window=3)
+    assert patch(checkpoint, data_file, "--bf16", "false") == 0
+    words = ["export", "--model", str(base), "--data", str(data_file), "--max-samples", "20", "--bf16", "true"]
+    assert main([*words, "--drop-attention", "2", "--patch-rank", "2", "--output", str(tmp_path / "static")]) == 0
+    for directory in (checkpoint, tmp_path / "static"):
+        found = load_file(directory / "routers.safetensors")
+        assert {tensor.dtype for name, tensor in found.items() if "patch" in name} == {dtype}
+        assert {tensor.dtype for name, tensor in found.items() if "patch" not in name} <= {torch.float32}
+        assert len(patch_weights(load_reference(directory))) == len(read_mod_config(directory).layers)
+
+
+def test_patches_are_fitted_in_the_precision_that_was_asked_for(base_dir, data_file, tmp_path):
+    """The same patches but for what bf16 rounds; by default a float32 base is fitted in float32."""
+    checkpoint = routed_checkpoint(base_dir, tmp_path / "c", "attn_sequence", LAYERS, seed=3, version=2, window=3)
+    found = {}
+    for name, flags in {"default": [], "false": ["--bf16", "false"], "true": ["--bf16", "true"]}.items():
+        assert patch(checkpoint, data_file, "--output", str(tmp_path / name), *flags) == 0
+        found[name] = torch.stack([p.bias for p in patch_weights(load_reference(tmp_path / name)).values()])
+    assert torch.equal(found["default"], found["false"]) and not torch.equal(found["true"], found["false"])
+    assert (found["true"] - found["false"]).norm() < 0.1 * found["false"].norm()

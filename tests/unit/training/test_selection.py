@@ -15,7 +15,7 @@ from router_tuning.selection import cheapest, measure
 from tests.support.architectures import DENSE, EXPERTS
 from tests.support.models import tiny_model
 from tests.unit.training.test_patches import some_samples
-from vllm_mod.checkpoint import BaseShape
+from vllm_mod.architectures import BaseShape
 from vllm_mod.config import ModConfig
 
 SHAPES = DENSE | EXPERTS

@@ -12,8 +12,9 @@ from router_tuning.cli import main
 from router_tuning.model import load_reference, reference_decisions, reference_logits
 from tests.support.models import random_routers
 from tests.unit.training.test_trainer import one_error, routers_of, train
+from vllm_mod.architectures import BaseShape
 from vllm_mod.calibration import Calibration, OperatingPoint, read_calibration, write_calibration
-from vllm_mod.checkpoint import BaseShape, read_json, read_mod_config, read_patches, router_name, write_routers
+from vllm_mod.checkpoint import read_json, read_mod_config, read_patches, router_name, write_routers
 from vllm_mod.config import ModConfig
 from vllm_mod.tensors import Patch
 
