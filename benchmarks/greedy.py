@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from router_tuning.answers import repeating
 from router_tuning.hub import local_model
 
 from .lib.common import (
@@ -42,9 +43,6 @@ from .lib.errors import above, mean_and_error
 from .lib.held_out import check_checkpoint, held_out, held_out_arguments, names_of, prompts_of
 
 Answers = Sequence[Sequence[int]]
-
-#: What an answer that is caught in a loop says again: at most so many tokens, so many times, and so many tokens in all.
-_LONGEST_LOOP, _ROUNDS, _LOOPED = 16, 3, 24
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Any:
@@ -88,15 +86,6 @@ def agreed(dense: Sequence[int], other: Sequence[int]) -> float:
     pairs = zip(dense, other, strict=False)
     same = next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(dense), len(other)))
     return same / len(dense)
-
-
-def repeating(answer: Sequence[int]) -> bool:
-    """Whether it ends in a loop."""
-    for period in range(1, _LONGEST_LOOP + 1):
-        end = max(_LOOPED, _ROUNDS * period)
-        if len(answer) >= end and all(answer[-i] == answer[-i - period] for i in range(1, end - period + 1)):
-            return True
-    return False
 
 
 def compare(answers: Mapping[str, Answers], sampled: bool = False) -> dict[str, dict[str, float]]:

@@ -273,6 +273,25 @@ class PatchArguments:
     )
 
 
+@dataclass
+class AnswersArguments:
+    """What the base model itself answers to prompts, greedily: data to fit patches on, for requests whose answers it
+    will generate. Answers that end in a loop are left out."""
+
+    model: str = field(metadata={"help": "base model: a directory, a hub name, or smollm2 (pip brings it)"})
+    data: list[str] = field(metadata={"help": "prompts like those that will be served; sources as for train"})
+    output: str = field(metadata={"help": "the JSONL file to write, for --data; must not exist"})
+    max_samples: int = field(default=512, metadata={"help": "prompts"})
+    max_length: int = field(default=512, metadata={"help": "tokens of a prompt; longer ones are left out"})
+    tokens: int = field(default=128, metadata={"help": "tokens of an answer, which is cut there"})
+    eval_fraction: float = field(
+        default=0.02, metadata={"help": "leave out the last part of every file, for evaluation; 0: all rows"}
+    )
+    batch_size: int = field(default=16, metadata={"help": "prompts at a time"})
+    bf16: bool | None = in_bf16()
+    seed: int = field(default=0, metadata={"help": "which of the rows are taken, as in `fit`"})
+
+
 def make_mod_config(args: RouterArguments | ExportArguments | FitArguments, shape: BaseShape, **more: Any) -> ModConfig:
     """The flags as a config that fits the base model; raises ConfigError."""
     layers, window = parse_layers(args.layers, shape.num_layers), parse_window(args.window)

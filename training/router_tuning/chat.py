@@ -186,6 +186,25 @@ def prompt_digest(row: Any) -> str:
     return _digest(_said(found), 6).hex()
 
 
+def answered(row: Plain | Chat, answer: str) -> dict[str, Any]:
+    """A row that asks the same, with this answer in place of its first one, and nothing behind it."""
+    if isinstance(row, Plain):
+        return {"prompt": row.prompt, "completion": answer}
+    messages = [_written(message) for message in row.messages[: answers(row)[0]]]
+    beside = {"tools": row.tools, "documents": row.documents, "chat_template_kwargs": row.settings}
+    answering = {"role": "assistant", "content": answer}
+    return {"messages": [*messages, answering]} | {key: value for key, value in beside.items() if value}
+
+
+def _written(message: Message) -> dict[str, Any]:
+    """As `_message` reads it."""
+    parts = message["content"]
+    content = parts[0] if len(parts) == 1 else [{"type": "text", "text": part} for part in parts] or None
+    more = {key: value for key, value in message.items() if key not in ("role", "content", "context")}
+    weight = {"weight": 0} if message.get("context") else {}
+    return {"role": message["role"], "content": content} | more | weight
+
+
 def _said(row: Plain | Chat) -> list[Any]:
     if isinstance(row, Plain):
         return [["assistant" if row.closed else "text", " ".join((row.prompt + row.answer).split())]]

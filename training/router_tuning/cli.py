@@ -18,6 +18,7 @@ commands:
   export    base model + routers (or a static granularity) -> full checkpoint
   calibrate set a checkpoint's thresholds for an exact kept ratio
   patch     fit what stands in for a checkpoint's skipped sublayers
+  answers   let the base model answer prompts: data to fit patches on
 
 `router-tuning COMMAND --help` lists the flags."""
 
@@ -73,6 +74,17 @@ def patch(argv: Sequence[str]) -> int:
     return 0
 
 
+def answers(argv: Sequence[str]) -> int:
+    from .answers import answer
+    from .arguments import AnswersArguments
+    from .parser import parse
+
+    (args,) = parse([AnswersArguments], "router-tuning answers", argv)
+    report, output = answer(args)
+    print(f"{report}\nwritten: {output}")
+    return 0
+
+
 def run_record(argv: Sequence[str]) -> dict[str, str]:
     """File name -> text: how a checkpoint came to be. Nothing about the machine."""
     names = ("vllm-mod", "torch", "transformers", "datasets", "accelerate", "peft")
@@ -95,6 +107,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "export": export,
     "calibrate": calibrate,
     "patch": patch,
+    "answers": answers,
 }
 
 

@@ -85,17 +85,23 @@ class CostsFile(KeptFile):
         return f"costs of {number} samples" if self.rows is not None or self.patches else ""
 
 
+def told_by(model: Any) -> str:
+    """Equal for models of the same weights, by some of them."""
+    weights = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        some = tensor.flatten()[:: max(tensor.numel() // _TOLD_BY, 1)].cpu()
+        weights.update(f"{name} {tuple(tensor.shape)} {some.tolist()}".encode())
+    return weights.hexdigest()
+
+
 def fingerprint(
     model: Any, samples: Sequence[Mapping[str, Any]], target: str, window: int | None, rank: int | None
 ) -> dict[str, str]:
     """What measured costs depend on: the model's weights and dtype, all samples, and what is skipped how."""
-    weights, data = hashlib.sha256(), hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        some = tensor.flatten()[:: max(tensor.numel() // _TOLD_BY, 1)].cpu()
-        weights.update(f"{name} {tuple(tensor.shape)} {some.tolist()}".encode())
+    data = hashlib.sha256()
     for sample in samples:
         data.update(repr([list(sample[name]) for name in ("input_ids", "labels")] + [sample["prompt_len"]]).encode())
     return {
-        "model": weights.hexdigest(), "precision": str(model.dtype), "samples": data.hexdigest(),
+        "model": told_by(model), "precision": str(model.dtype), "samples": data.hexdigest(),
         "granularity": target, "window": str(window), "patch rank": str(rank),
     }  # fmt: skip

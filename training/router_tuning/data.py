@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,12 @@ def _take(rows: list[Any], number: int, seed: str) -> list[Any]:
     return rows * times + [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), more))]
 
 
+def shuffled(rows: Sequence[dict[str, Any]], seed: int) -> Iterator[dict[str, Any]]:
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    return (rows[i] for i in order)
+
+
 def tokenize(
     rows: Sequence[dict[str, Any]], tokenizer: Any, max_length: int, max_samples: int | None = None, seed: int = 0
 ) -> tuple[Dataset, Counts]:
@@ -144,21 +150,26 @@ def tokenize(
 
     With `max_samples`, rows are taken in an order shuffled by `seed` until that many are usable.
     """
-    order = list(range(len(rows)))
-    random.Random(seed).shuffle(order)
     counts = Counts(duplicates=getattr(rows, "duplicates", 0))
     encode = Encoder(tokenizer)
     samples: list[dict[str, Any]] = []
-    total = min(len(order), max_samples or len(order))
-    for i in tqdm(order, desc="tokenize", unit="row", total=total, leave=False, disable=total < 5_000):
+    total = min(len(rows), max_samples or len(rows))
+    for row in tqdm(shuffled(rows, seed), desc="tokenize", unit="row", total=total, leave=False, disable=total < 5_000):
         if max_samples is not None and len(samples) >= max_samples:
             break
         counts.read += 1
         try:
-            samples.append(_sample(encode(rows[i]), max_length, counts) | {"asked": prompt_digest(rows[i])})
+            samples.append(_sample(encode(row), max_length, counts) | {"asked": prompt_digest(row)})
         except Unusable as reason:
             counts.leave_out(reason)
     return Dataset.from_list(samples), counts
+
+
+def rows_to_fit_on(args: Any, seed: int) -> Rows:
+    """Without what training holds out. args: `data` and `eval_fraction`. Raises ConfigError."""
+    if not 0 <= args.eval_fraction < 1:
+        raise ConfigError(f"--eval-fraction {args.eval_fraction:g}: a number from 0 to below 1 is needed")
+    return split_tail(read_sources(args.data), args.eval_fraction, seed)[0]
 
 
 def calibration_samples(args: Any, base: Path, seed: int = 0) -> tuple[list[dict[str, Any]], Counts]:
@@ -167,9 +178,7 @@ def calibration_samples(args: Any, base: Path, seed: int = 0) -> tuple[list[dict
     args: `data`, `eval_fraction`, `max_samples` and `max_length`. seed: which rows, in which order. Raises ConfigError
     where no sample is usable.
     """
-    if not 0 <= args.eval_fraction < 1:
-        raise ConfigError(f"--eval-fraction {args.eval_fraction:g}: a number from 0 to below 1 is needed")
-    rows, _ = split_tail(read_sources(args.data), args.eval_fraction, seed)
+    rows = rows_to_fit_on(args, seed)
     samples, counts = tokenize(rows, load_tokenizer(base), args.max_length, args.max_samples, seed)
     log.info("calibration data: %s", counts)
     if not counts.used:

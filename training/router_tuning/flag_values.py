@@ -30,6 +30,7 @@ _OBJECT = (_is_object, "a JSON object such as '{\"key\": 1}' is needed")
 VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_length": _at_least(2),
     "max_samples": _at_least(1),
+    "tokens": _at_least(1),
     "rank": _at_least(0),
     "patch_rank": (lambda value: isinstance(value, str) or value >= 0, "0 or more is needed"),
     "distilled_samples": _at_least(0),
