@@ -214,6 +214,7 @@ def _rows(
     for number, one in enumerate(asked):
         ids = given.answers[number]
         text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = text.rstrip("\ufffd")  # a character that the cut went through
         if repeating(ids):
             report.looped += 1
         elif not text.strip():
