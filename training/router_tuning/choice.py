@@ -93,7 +93,8 @@ def choices(
 
 def inputs_of(measured: Measured) -> list[Inputs]:
     """Layer by layer; most of what routers of many requests take."""
-    return [Inputs.of(measured.inputs[:, place], measured.tokens) for place in range(len(measured.layers))]
+    places = range(len(measured.layers))
+    return [Inputs.of(measured.inputs[:, place], measured.tokens, measured.prompt) for place in places]
 
 
 def routers_of(measured: Measured, inputs: Sequence[Inputs], share: float | None) -> dict[int, CostRouter]:

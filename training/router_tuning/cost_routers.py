@@ -37,7 +37,7 @@ class CostRouter:
     weight: Tensor
     #: a_l: what the log of the cost is where the score is 0
     offset: float
-    #: float64 `[N]`: log of the cost of each sample, predicted by a fit that had not seen it, or the mean of all
+    #: float64 `[N]`: log of the cost of each sample, by a fit that had not seen its prompt, or the mean of all
     predicted: Tensor
     #: share of the variance of the log costs that is predicted so
     explained: float
@@ -66,10 +66,13 @@ class Inputs:
     #: of the samples' Gram matrix: eigenvalues `[k]`, above zero, and eigenvectors `[N, k]`
     values: Tensor
     vectors: Tensor
+    #: the samples of each prompt that has more than one
+    together: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, inputs: Tensor, tokens: Tensor) -> Inputs:
-        """inputs: `[N, hidden]`, of any float type; tokens: `[N]`, of the samples' answers.
+    def of(cls, inputs: Tensor, tokens: Tensor, prompts: Tensor | None = None) -> Inputs:
+        """inputs: `[N, hidden]`, of any float type; tokens: `[N]`, of the samples' answers; prompts: int64 `[N]`, which
+        prompt each sample has (None: each its own).
 
         One eigendecomposition of the smaller of the two sides.
         """
@@ -83,7 +86,23 @@ class Inputs:
             values, directions = torch.linalg.eigh(centred.T @ centred)
             vectors = centred @ directions / values.clamp(min=1e-300).sqrt()
         there = values > values[-1].clamp(min=0) * 1e-12
-        return cls(weights, mean, centred, values[there], vectors[:, there])
+        numbers, counts = (torch.arange(len(inputs)) if prompts is None else prompts).unique(return_counts=True)
+        together = tuple((prompts == number).nonzero()[:, 0] for number in numbers[counts > 1])
+        return cls(weights, mean, centred, values[there], vectors[:, there], together)
+
+    def left_out(self, residual: Tensor, shrunk: Tensor) -> Tensor:
+        """Of a regression's residuals `[N]`, those of fits that had not seen the sample, nor another of its prompt.
+
+        shrunk: `[k]`, which part of each direction is fitted: (I - H)^-1 of each prompt's block, of the hat matrix H.
+        The mean's part of it adds nothing to a target without one.
+        """
+        number, root = len(residual), self.weights.sqrt()
+        found = residual / (1.0 - self.vectors.square() @ shrunk - self.weights / number).clamp(min=1e-9)
+        for these in self.together:
+            own, weight = self.vectors[these], root[these]
+            rest = torch.eye(len(these), dtype=own.dtype) * (1 + 1e-9) - (own * shrunk) @ own.T
+            found[these] = torch.linalg.solve(rest - weight[:, None] * weight / number, residual[these])
+        return found
 
 
 def fit_router(inputs: Inputs, nats: Tensor, ridges: Sequence[float] = RIDGES) -> CostRouter:
@@ -92,15 +111,13 @@ def fit_router(inputs: Inputs, nats: Tensor, ridges: Sequence[float] = RIDGES) -
     mean_y, root = (weights * y).mean(), weights.sqrt()
     target, values, vectors = root * (y - mean_y), inputs.values, inputs.vectors
     unit = values.sum() / number
-    alone = target / (1.0 - weights / number).clamp(min=1e-9)  # the mean of the others is as good a guess as any
+    alone = inputs.left_out(target, torch.zeros_like(values))  # the mean of the others is as good a guess as any
     # What the mean predicts is the same for all, so that such a layer is kept by all or by none.
     best, weight, left = float(alone.square().sum()), torch.zeros_like(inputs.mean), target
     for ridge in ridges if unit > 0 else ():
         shrunk = values / (values + ridge * unit)
         along = vectors.T @ target
-        # Of the hat matrix, what is fitted and the diagonal; the mean's part adds nothing to a target without one.
-        residual = target - vectors @ (shrunk * along)
-        residual /= (1.0 - vectors.square() @ shrunk - weights / number).clamp(min=1e-9)
+        residual = inputs.left_out(target - vectors @ (shrunk * along), shrunk)
         if float(residual.square().sum()) < best:
             weight = inputs.centred.T @ (vectors @ (along / (values + ridge * unit)))
             best, left = float(residual.square().sum()), residual

@@ -165,6 +165,17 @@ def tokenize(
     return Dataset.from_list(samples), counts
 
 
+def prompts_of(samples: Sequence[Mapping[str, Any]], fewest: int = 10) -> list[int]:
+    """Which prompt each sample has: numbers, in the order in which they come first.
+
+    Samples of one prompt are no strangers to one another, whatever is answered: what one is held out from must not have
+    the others. Where there are fewer prompts than `fewest`, or samples do not say what they ask, each has its own.
+    """
+    numbers: dict[Any, int] = {}
+    found = [numbers.setdefault(sample.get("asked", place), len(numbers)) for place, sample in enumerate(samples)]
+    return found if len(numbers) >= fewest else list(range(len(samples)))
+
+
 def rows_to_fit_on(args: Any, seed: int) -> Rows:
     """Without what training holds out. args: `data` and `eval_fraction`. Raises ConfigError."""
     if not 0 <= args.eval_fraction < 1:

@@ -22,7 +22,7 @@ from transformers import get_cosine_schedule_with_warmup
 from vllm_mod.config import ConfigError
 
 from .cost_routers import cut
-from .data import Collator
+from .data import Collator, prompts_of
 from .interrupt import deferred
 from .layerwise import Batch, HiddenStates, advance, answer_logits, supervised
 from .model import decoder_layers
@@ -63,7 +63,7 @@ def distill(
     state = routing_of(model)
     model.requires_grad_(False)
     parameters = [parameter for patch in state.patches.values() for parameter in patch.parameters()]
-    held_out, rest = _batches(samples[::HELD_OUT]), _batches([s for i, s in enumerate(samples) if i % HELD_OUT])
+    held_out, rest = map(_batches, _parts(samples))
     order = [i for number in range(passes) for i in random.Random(number).sample(range(len(rest)), len(rest))]
     fitted = [parameter.detach().clone() for parameter in parameters]
     steps = _Steps(parameters, rate, len(order))
@@ -127,7 +127,7 @@ def divergence(model: Any, samples: Sequence[Mapping[str, Any]], kept: float) ->
     All cutoffs are moved alike for it: as few samples as that skip more or less than was asked for. model: routed per
     request. samples: those given to `distill`. It costs three forwards over every tenth of them.
     """
-    state, batches = routing_of(model), _batches(samples[::HELD_OUT])
+    state, batches = routing_of(model), _batches(_parts(samples)[0])
     above, tokens = [], []
     for batch in batches:
         answer_logits(model, batch)
@@ -207,6 +207,14 @@ class _Dense:
 
     def close(self) -> None:
         self._states.close()
+
+
+def _parts(samples: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """(those that are left out, those that steps are taken on): every tenth prompt's, and the others."""
+    parts: tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]] = [], []
+    for sample, prompt in zip(samples, prompts_of(samples, HELD_OUT), strict=True):
+        parts[prompt % HELD_OUT != 0].append(sample)
+    return parts
 
 
 def _batches(samples: Sequence[Mapping[str, Any]]) -> list[Batch]:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.tensors import Patch
 
-from .data import Collator
+from .data import Collator, prompts_of
 from .layerwise import Batch, HiddenStates, advance, requests_of, sublayer
 from .ridge import Fitted, Moments, TooLowRank, fit
 from .routing import LinearPatch, ModelRouting, routing_of
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 #: As many as `router-tuning patch` takes by default.
 PATCH_SAMPLES = 512
-#: Every tenth sample is held out to choose the ridge.
+#: Every tenth sample is held out to choose the ridge; of samples that have one prompt all, or none.
 HELD_OUT = 10
 #: Patches are for requests that skip: a token of any other counts so much of one of theirs.
 KEPT_WEIGHT = 0.1
@@ -74,7 +74,8 @@ def collate(
     skippable = [_may_skip(sample, config) for sample in samples]
     order = [number for number, tokens in enumerate(skippable) if tokens]
     random.Random(0).shuffle(order)
-    held_out = set(order[::HELD_OUT])
+    prompts = prompts_of([samples[number] for number in order], HELD_OUT)
+    held_out = {number for number, prompt in zip(order, prompts, strict=True) if prompt % HELD_OUT == 0}
     tokens = sum(skippable[number] for number in order if number not in held_out)
     if tokens <= rank:
         behind = "" if config.window is None else f" behind the window of {config.window} tokens"

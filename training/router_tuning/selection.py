@@ -24,7 +24,7 @@ from vllm_mod.granularity import POLICIES
 
 from .arguments import RouterArguments
 from .costs_file import CostsFile, Rows
-from .data import Collator
+from .data import Collator, prompts_of
 from .flag_words import parse_window
 from .layerwise import Batch, answer_logits, supervised
 from .loading import fitting_dtype
@@ -62,6 +62,8 @@ class Measured:
     inputs: Tensor
     #: int64 `[N]`: which of the samples
     sample: Tensor
+    #: int64 `[N]`: which prompt it has, see `data.prompts_of`; None: each its own
+    prompt: Tensor | None = None
 
     def costs(self) -> dict[int, float]:
         """Layer -> nats per answer token, cheapest first."""
@@ -97,7 +99,8 @@ def measure(
     order = sorted(range(number), key=lambda i: len(samples[i]["input_ids"]))
     place = {sample: place for place, sample in enumerate(rows.sample.tolist())}
     wanted = torch.tensor([place[sample] for sample in order])
-    return Measured(config.layers, rows.nats[wanted], rows.tokens[wanted], rows.inputs[wanted], torch.tensor(order))
+    found = rows.nats[wanted], rows.tokens[wanted], rows.inputs[wanted], torch.tensor(order)
+    return Measured(config.layers, *found, torch.tensor(prompts_of(samples))[order])
 
 
 def _give_patches(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -32,19 +33,22 @@ def test_a_planted_cost_is_found_and_its_level_too() -> None:
 @pytest.mark.parametrize("hidden", [12, 40])
 @pytest.mark.parametrize("ridge", [0.1, 3.0])
 @pytest.mark.parametrize("equal", [True, False])
-def test_predictions_are_of_fits_that_had_not_seen_the_sample(ridge: float, hidden: int, equal: bool) -> None:
-    """Every sample is really left out, and the ridge regression solved again in the primal; with more samples than
-    numbers in an input, and with fewer; a sample counts as its answer has tokens."""
+@pytest.mark.parametrize("prompts", [range(20), [*range(12), 3, 3, 4, 11, 12, 12, 13, 14]])
+def test_predictions_are_of_fits_that_had_not_seen_the_sample(
+    ridge: float, hidden: int, equal: bool, prompts: Sequence[int]
+) -> None:
+    """Every sample is really left out, with all others of its prompt, and the ridge regression solved again in the
+    primal; with more samples than numbers in an input, and with fewer; a sample counts as its answer has tokens."""
     inputs, nats, _ = planted(20, hidden)
     y, tokens = nats.log(), torch.ones(20) if equal else torch.arange(1, 21)
-    found = fit_router(Inputs.of(inputs, tokens), nats, [ridge])
+    found = fit_router(Inputs.of(inputs, tokens, torch.tensor(prompts)), nats, [ridge])
     weights = tokens.double() / tokens.double().mean()
     mean_of_all = (inputs.double() * weights[:, None]).mean(0)
     centred = (inputs.double() - mean_of_all) * weights.sqrt()[:, None]
     unit = torch.linalg.eigvalsh(centred @ centred.T).clamp(min=0).mean()
     shifts = []
     for left in range(20):
-        rest = [i for i in range(20) if i != left]
+        rest = [i for i in range(20) if prompts[i] != prompts[left]]
         w = weights[rest][:, None]
         mean, level = (inputs[rest].double() * w).sum(0) / w.sum(), float((y[rest] * w[:, 0]).sum() / w.sum())
         x = inputs[rest].double() - mean
@@ -55,6 +59,19 @@ def test_predictions_are_of_fits_that_had_not_seen_the_sample(ridge: float, hidd
         shifts.append(float(found.predicted[left] - direct))
     assert shifts == pytest.approx([shifts[0]] * 20, abs=1e-6)  # one shift of the level for all
     assert float((weights * (found.predicted.exp() - nats)).sum()) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_prompt_that_is_there_twice_tells_nothing_of_others() -> None:
+    """Costs that are a prompt's and have nothing to do with its inputs: they look learned, from its other answer."""
+    draws = torch.Generator().manual_seed(0)
+    inputs = torch.randn(40, 80, generator=draws).repeat(2, 1)
+    nats = (torch.randn(40, generator=draws) - 3).double().exp().repeat(2)
+    tokens, prompts = torch.ones(80), torch.arange(40).repeat(2)
+    assert fit_router(Inputs.of(inputs, tokens), nats).explained > 0.9
+    router = fit_router(Inputs.of(inputs, tokens, prompts), nats)
+    assert not router.weight.any() and router.explained == 0
+    one = fit_router(Inputs.of(inputs, tokens, torch.zeros(80, dtype=torch.int64)), nats)
+    assert bool(one.predicted.isfinite().all())
 
 
 def test_what_cannot_be_learned_is_the_static_order() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from router_tuning.distill import _batches, _Dense, distill
+from router_tuning.distill import _batches, _Dense, _parts, distill
 from router_tuning.layerwise import answer_logits
 from router_tuning.model import attach_routers, load_base
 from router_tuning.patches import collate, fit_patches, give
@@ -50,6 +50,14 @@ def fitted(request: pytest.FixtureRequest, base: Path, tmp_path: Path) -> Any:
     attach_routers(model, config, random if request.param == "attn_token" else None)
     fit_patches(model, collate(samples(), config, RANK, 8, "test"), RANK, tmp_path, quiet=True)
     return model
+
+
+def test_no_prompt_is_left_out_and_learned_from() -> None:
+    found = samples(60)
+    assert [len(part) for part in _parts(found)] == [6, 54] and _parts(found)[0] == found[::10]
+    twice = [sample | {"asked": f"{number % 40}"} for number, sample in enumerate(found)]
+    left_out, rest = ({sample["asked"] for sample in part} for part in _parts(twice))
+    assert len(left_out) == 4 and len(rest) == 36 and not left_out & rest
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:

@@ -227,6 +227,20 @@ def test_held_out_samples_are_a_tenth_and_have_tokens_that_may_skip():
     assert torch.equal(one_batching[0]["held_out"], torch.cat([batch["held_out"] for batch in other]))
 
 
+def test_no_prompt_is_held_out_and_fitted_on():
+    """With one answer or with several; of fewer than ten prompts samples are held out, whatever they ask."""
+    samples = [sample | {"asked": f"{number % 40}"} for number, sample in enumerate(some_samples(100))]
+    told = [sample | {"input_ids": [number, *sample["input_ids"]]} for number, sample in enumerate(samples)]
+    found: dict[bool, set[str]] = {True: set(), False: set()}
+    for batch in collate(told, config("attn_sequence"), 2, 8, "data"):
+        for ids, held_out in zip(batch["input_ids"], batch["held_out"].tolist(), strict=True):
+            found[held_out].add(told[int(ids[0])]["asked"])
+    assert len(found[True]) == 4 and len(found[False]) == 36 and not found[True] & found[False]
+    few = [sample | {"asked": "the same"} for sample in samples]
+    batches = collate(few, config("attn_sequence"), 2, 8, "data")
+    assert sum(int(batch["held_out"].sum()) for batch in batches) == 10
+
+
 @pytest.mark.parametrize(
     ("samples", "more", "words"),
     [
