@@ -20,6 +20,7 @@ from torch import Tensor
 from vllm_mod.config import ConfigError
 
 from .cost_routers import RIDGES, CostRouter, Inputs, cut, fit_router, moderated, price, spared
+from .per_token import mean_per_token
 from .selection import Measured, cheaper_half
 from .together import Lost, lost
 
@@ -123,11 +124,23 @@ def best(model: Any, samples: Sequence[Mapping[str, Any]], measured: Measured, f
     for place, name in enumerate([*map(str, found), "each request's own cheapest, known with hindsight"]):
         print(f"  {_against_first(together, place, skipped[place])} {name}")
     eligible = [place for place in range(len(found)) if skipped[place] >= _NEAR * asked]
-    taken = min(
-        eligible or range(len(found)), key=lambda place: together.mean("nats", place) + together.mean("loss", place)
-    )
+    taken = _taken(eligible or range(len(found)), found, together)
     print(f"chosen: {found[taken]}")
     return found[taken]
+
+
+def _taken(eligible: Sequence[int], found: Sequence[Choice], together: Lost) -> int:
+    """The one that costs least; of routers those that follow least of what a request's layers have in common, and cost
+    no more than a standard error above it: they skip fewer combinations of layers, which patches make up for better."""
+    costs = [together.nats[place] + together.loss[place] for place in range(len(found))]
+    least = min(eligible, key=lambda place: float(costs[place].sum()))
+    if found[least].share is None:
+        return least
+    for place in eligible:
+        above, error = mean_per_token(costs[place] - costs[least], together.tokens)
+        if found[place].share is not None and above <= error:
+            return place
+    return least
 
 
 def _own_cheapest(measured: Measured, rows: Tensor, found: Sequence[Choice], number: float) -> Tensor:

@@ -107,3 +107,19 @@ def test_answers_have_a_say_beside_the_predictions(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(choice, "lost", lambda *_: Lost(nats, loss, torch.ones(128).double()))
     samples = [{"input_ids": [number]} for number in range(200)]
     assert best(None, samples, measured(), found).share == 0.0
+
+
+@pytest.mark.parametrize(("apart", "share"), [(1.0, 0.0), (0.05, 0.5)])
+def test_of_routers_that_cost_alike_those_that_follow_least_are_taken(
+    apart: float, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By less than a standard error, of the difference; the same layers for everyone are no such routers."""
+    found = choices(measured(), False, None, 2.0, 0.5)
+    nats = torch.tensor([2.0, 2.01, 2.0, 2.2, 0.0]).double()[:, None].repeat(1, 128)
+    nats[0] += 0.001
+    nats[1, ::2] += apart
+    nats[1, 1::2] -= apart
+    nats[3] += torch.linspace(-1e-3, 1e-3, 128)
+    monkeypatch.setattr(choice, "lost", lambda *_: Lost(nats, nats * 0, torch.ones(128).double()))
+    samples = [{"input_ids": [number]} for number in range(200)]
+    assert best(None, samples, measured(), found).share == share
