@@ -24,7 +24,7 @@ from vllm_mod.config import ConfigError
 from vllm_mod.files import replacing
 
 from .arguments import AnswersArguments, check_output
-from .chat import Chat, Plain, answered, prompt_digest, read_row
+from .chat import answered, prompt_digest
 from .costs_file import told_by
 from .counts import Counts
 from .data import check_sources, rows_to_fit_on, shuffled
@@ -63,7 +63,7 @@ class Report:
     cut: int = 0
     looped: int = 0
     empty: int = 0
-    #: whose tokens are other ones once they are text in a chat
+    #: whose text is not found again in the rendered chat, or behind another prompt
     changed: int = 0
 
     def __str__(self) -> str:
@@ -219,7 +219,7 @@ def _rows(
             report.looped += 1
         elif not text.strip():
             report.empty += 1
-        elif (row := _checked(one, text, encode, tokenizer)) is None:
+        elif (row := _checked(one, text, encode)) is None:
             report.changed += 1
         else:
             report.written += 1
@@ -227,11 +227,8 @@ def _rows(
             yield row
 
 
-def _checked(one: Asked, text: str, encode: Encoder, tokenizer: Any) -> Mapping[str, Any] | None:
-    found: Chat | Plain = read_row(one.row)
-    if isinstance(found, Chat) and found.plain and not tokenizer.chat_template:
-        found = found.plain
-    row = answered(found, text)
+def _checked(one: Asked, text: str, encode: Encoder) -> Mapping[str, Any] | None:
+    row = answered(encode.read(one.row), text)
     try:
         encoded = encode(row)
     except Unusable:

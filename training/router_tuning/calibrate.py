@@ -22,7 +22,7 @@ from vllm_mod.dial import ways_to_ask
 from . import card
 from .arguments import CalibrateArguments
 from .counts import Counts
-from .data import Collator, check_sources, read_sources, split_tail, tokenize
+from .data import Collator, check_fraction, check_sources, read_sources, split_tail, tokenize
 from .fitting import Measured, Meter, fit, thresholds_like
 from .loading import base_of, checkpoint_config, load_routed
 from .preflight import check_vocabulary
@@ -123,8 +123,7 @@ def _checked(args: CalibrateArguments) -> tuple[Path, ModConfig]:
         for value in values:
             if not 0 <= value <= 1:
                 raise ConfigError(f"{flag} {value:g}: a kept ratio from 0 to 1 is needed")
-    if not 0 <= args.eval_fraction < 1:
-        raise ConfigError(f"--eval-fraction {args.eval_fraction:g}: a number from 0 to below 1 is needed")
+    check_fraction(args.eval_fraction)
     for flag, number in (("--max-samples", args.max_samples), ("--batch-size", args.batch_size)):
         if number < 1:
             raise ConfigError(f"{flag} {number}: at least 1 is needed")

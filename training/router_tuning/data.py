@@ -31,6 +31,8 @@ from .values import Unusable
 log = logging.getLogger(__name__)
 
 IGNORED = -100
+#: Every tenth prompt's samples say how good a fit to the others is.
+HELD_OUT = 10
 
 
 def check_sources(sources: Iterable[str]) -> None:
@@ -165,21 +167,31 @@ def tokenize(
     return Dataset.from_list(samples), counts
 
 
-def prompts_of(samples: Sequence[Mapping[str, Any]], fewest: int = 10) -> list[int]:
+def prompt_numbers(samples: Sequence[Mapping[str, Any]]) -> list[int]:
     """Which prompt each sample has: numbers, in the order in which they come first.
 
     Samples of one prompt are no strangers to one another, whatever is answered: what one is held out from must not have
-    the others. Where there are fewer prompts than `fewest`, or samples do not say what they ask, each has its own.
+    the others. Where there are fewer prompts than `HELD_OUT`, or samples do not say what they ask, each has its own.
     """
     numbers: dict[Any, int] = {}
     found = [numbers.setdefault(sample.get("asked", place), len(numbers)) for place, sample in enumerate(samples)]
-    return found if len(numbers) >= fewest else list(range(len(samples)))
+    return found if len(numbers) >= HELD_OUT else list(range(len(samples)))
+
+
+def held_out_of(samples: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """Of each sample whether it is held out: all of every tenth prompt."""
+    return [number % HELD_OUT == 0 for number in prompt_numbers(samples)]
+
+
+def check_fraction(fraction: float) -> None:
+    """Raise ConfigError unless so much of a file can be held out, or nothing."""
+    if not 0 <= fraction < 1:
+        raise ConfigError(f"--eval-fraction {fraction:g}: a number from 0 to below 1 is needed")
 
 
 def rows_to_fit_on(args: Any, seed: int) -> Rows:
     """Without what training holds out. args: `data` and `eval_fraction`. Raises ConfigError."""
-    if not 0 <= args.eval_fraction < 1:
-        raise ConfigError(f"--eval-fraction {args.eval_fraction:g}: a number from 0 to below 1 is needed")
+    check_fraction(args.eval_fraction)
     return split_tail(read_sources(args.data), args.eval_fraction, seed)[0]
 
 

@@ -22,12 +22,12 @@ from transformers import get_cosine_schedule_with_warmup
 from vllm_mod.config import ConfigError
 
 from .cost_routers import cut
-from .data import Collator, prompts_of
+from .data import Collator, held_out_of
 from .interrupt import deferred
 from .layerwise import Batch, HiddenStates, advance, answer_logits, supervised
 from .model import decoder_layers
 from .patch_record import Distilled
-from .patches import HELD_OUT, chance
+from .patches import chance
 from .predictions import divergences, log_probabilities
 from .routing import routing_of
 from .sublayers import nothing_skipped
@@ -212,8 +212,8 @@ class _Dense:
 def _parts(samples: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
     """(those that are left out, those that steps are taken on): every tenth prompt's, and the others."""
     parts: tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]] = [], []
-    for sample, prompt in zip(samples, prompts_of(samples, HELD_OUT), strict=True):
-        parts[prompt % HELD_OUT != 0].append(sample)
+    for sample, held_out in zip(samples, held_out_of(samples), strict=True):
+        parts[not held_out].append(sample)
     return parts
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from .chat import Plain, read_row
+from .chat import Chat, Plain, read_row
 from .spans import Marked, mark
 from .template import Template
 from .values import Unusable
@@ -32,9 +32,7 @@ class Encoder:
 
     def __call__(self, row: Any) -> Encoded:
         """Raises Unusable, of a kind that `Counts` knows."""
-        found = read_row(row)
-        if not isinstance(found, Plain) and found.plain and not self._tokenizer.chat_template:
-            found = found.plain
+        found = self.read(row)
         try:
             if isinstance(found, Plain):
                 return self._plain(found)
@@ -44,6 +42,13 @@ class Encoder:
             raise
         except Exception as error:  # tokenizers fail in exceptions of any kind
             raise Unusable("tokenizer_failed", error) from None
+
+    def read(self, row: Any) -> Chat | Plain:
+        """The form in which the row is encoded. Raises Unusable."""
+        found = read_row(row)
+        if isinstance(found, Chat) and found.plain and not self._tokenizer.chat_template:
+            return found.plain
+        return found
 
     def _plain(self, row: Plain) -> Encoded:
         """Submitted as a completion, so with the tokens that the tokenizer puts around a text."""

@@ -8,6 +8,7 @@ not, those of requests that keep the layer less; those of a decision window neve
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from vllm_mod.config import ConfigError, ModConfig
 from vllm_mod.tensors import Patch
 
-from .data import Collator, prompts_of
+from .data import HELD_OUT, Collator, held_out_of
 from .layerwise import Batch, HiddenStates, advance, requests_of, sublayer
 from .ridge import Fitted, Moments, TooLowRank, fit
 from .routing import LinearPatch, ModelRouting, routing_of
@@ -31,8 +32,6 @@ log = logging.getLogger(__name__)
 
 #: As many as `router-tuning patch` takes by default.
 PATCH_SAMPLES = 512
-#: Every tenth sample is held out to choose the ridge; of samples that have one prompt all, or none.
-HELD_OUT = 10
 #: Patches are for requests that skip: a token of any other counts so much of one of theirs.
 KEPT_WEIGHT = 0.1
 #: Samples of a forward; on a GPU, which a few may leave idle, as many as have no more tokens than these.
@@ -74,8 +73,7 @@ def collate(
     skippable = [_may_skip(sample, config) for sample in samples]
     order = [number for number, tokens in enumerate(skippable) if tokens]
     random.Random(0).shuffle(order)
-    prompts = prompts_of([samples[number] for number in order], HELD_OUT)
-    held_out = {number for number, prompt in zip(order, prompts, strict=True) if prompt % HELD_OUT == 0}
+    held_out = set(itertools.compress(order, held_out_of([samples[number] for number in order])))
     tokens = sum(skippable[number] for number in order if number not in held_out)
     if tokens <= rank:
         behind = "" if config.window is None else f" behind the window of {config.window} tokens"

@@ -24,7 +24,7 @@ from vllm_mod.granularity import POLICIES
 
 from .arguments import RouterArguments
 from .costs_file import CostsFile, Rows
-from .data import Collator, prompts_of
+from .data import Collator, prompt_numbers
 from .flag_words import parse_window
 from .layerwise import Batch, answer_logits, supervised
 from .loading import fitting_dtype
@@ -62,7 +62,7 @@ class Measured:
     inputs: Tensor
     #: int64 `[N]`: which of the samples
     sample: Tensor
-    #: int64 `[N]`: which prompt it has, see `data.prompts_of`; None: each its own
+    #: int64 `[N]`: which prompt it has, see `data.prompt_numbers`; None: each its own
     prompt: Tensor | None = None
 
     def costs(self) -> dict[int, float]:
@@ -100,7 +100,7 @@ def measure(
     place = {sample: place for place, sample in enumerate(rows.sample.tolist())}
     wanted = torch.tensor([place[sample] for sample in order])
     found = rows.nats[wanted], rows.tokens[wanted], rows.inputs[wanted], torch.tensor(order)
-    return Measured(config.layers, *found, torch.tensor(prompts_of(samples))[order])
+    return Measured(config.layers, *found, torch.tensor(prompt_numbers(samples))[order])
 
 
 def _give_patches(
